@@ -1,0 +1,86 @@
+"""How many bytes each tier may hold."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from tierstore.errors import BudgetError
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "tib": 1 << 40,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+}
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", re.ASCII)
+
+
+class Tier(StrEnum):
+    """Where bytes rest."""
+
+    HBM = "hbm"
+    RAM = "ram"
+    NVME = "nvme"
+
+
+def parse_nbytes(value: int | str, *, what: str = "size") -> int:
+    """Bytes from an int or from text such as ``"8GiB"`` (2**30), ``"8GB"`` (10**9), ``"512MiB"``.
+
+    Raises ``BudgetError`` for anything else: negative, fractional bytes, booleans, unknown units.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise BudgetError(
+            f"{what} must be an int of bytes or text such as '8GiB', got {value!r} ({type(value).__name__})"
+        )
+    if isinstance(value, int):
+        if value < 0:
+            raise BudgetError(f"{what} must not be negative, got {value}: give the bytes it may hold, or 0")
+        return value
+    match = _NUMBER.fullmatch(value.strip())
+    unit = match.group(2).lower() if match else None
+    if match is None or unit not in _UNITS:
+        raise BudgetError(f"{what} is {value!r}: write a number and a unit, such as '8GiB', '8GB' or '512MiB'")
+    nbytes = float(match.group(1)) * _UNITS[unit] if "." in match.group(1) else int(match.group(1)) * _UNITS[unit]
+    if nbytes != int(nbytes):
+        raise BudgetError(f"{what} is {value!r}, which is not a whole number of bytes")
+    return int(nbytes)
+
+
+def format_nbytes(nbytes: float) -> str:
+    """Bytes for people: ``"1.50 GiB"``."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1024
+    return f"{size:.2f} TiB"
+
+
+@dataclass(frozen=True, init=False, slots=True)
+class Budget:
+    """Hard bounds, in bytes, validated at once.
+
+    ``hbm``: all weight bytes on the compute device at any moment (on a machine without a GPU: the
+    compute working set in RAM). ``ram``: pinned host memory (without a GPU: a second cache of
+    weights in RAM, used in place). ``nvme``: what may be written below ``store=``; None is no bound.
+    Each is an int or text such as ``"8GiB"``, ``"8GB"`` or ``"512MiB"``.
+    """
+
+    hbm: int
+    ram: int
+    nvme: int | None
+
+    def __init__(self, hbm: int | str, ram: int | str = 0, nvme: int | str | None = None) -> None:
+        object.__setattr__(self, "hbm", parse_nbytes(hbm, what="Budget.hbm"))
+        object.__setattr__(self, "ram", parse_nbytes(ram, what="Budget.ram"))
+        object.__setattr__(self, "nvme", None if nvme is None else parse_nbytes(nvme, what="Budget.nvme"))
+        if self.hbm == 0:
+            raise BudgetError("Budget.hbm is 0: weights must stand somewhere to be computed with, give at least 1 byte")
