@@ -1,0 +1,272 @@
+"""Exact scatter reads of file extents into host memory, past the page cache where the filesystem allows.
+
+Where file offset and memory address agree modulo the sector size, the aligned interior is read straight
+into place on an ``O_DIRECT`` descriptor; ragged ends and what does not agree pass through a bounce buffer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from tierstore.contracts import ReadRequest
+from tierstore.errors import StoreError, StoreReadError
+from tierstore.extents import align_up
+from tierstore.stores.workers import PAGE, SMALL, Job, ReadFence, Workers, buffer_address, move_bytes, reason_of
+
+_view_of = ctypes.pythonapi.PyMemoryView_FromMemory
+_view_of.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_view_of.restype = ctypes.py_object
+
+
+def open_regular(path: str | os.PathLike[str], flags: int = 0) -> int:
+    """A read-only descriptor of a regular file. Never hangs: FIFOs, devices and folders raise ``StoreError``."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and flags & os.O_DIRECT and error.errno == errno.EINVAL:
+            raise
+        raise StoreError(
+            f"cannot open {os.fspath(path)!r}: {reason_of(error)}: check the path and its rights"
+        ) from error
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        kind = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(mode), "device")
+        raise StoreError(f"{os.fspath(path)!r} is a {kind}, a regular file is needed: give the file itself")
+    return fd
+
+
+class _File:
+    """One open file. ``block`` is what O_DIRECT needs offsets, lengths and addresses to be multiples of."""
+
+    def __init__(self, path: str | os.PathLike[str], direct: bool) -> None:
+        self.path = os.fspath(path)
+        self.block = 1
+        self.direct = self.buffered = -1
+        self.buffered = open_regular(path)
+        self.size = os.fstat(self.buffered).st_size
+        if direct:
+            try:
+                self.direct = open_regular(path, os.O_DIRECT)
+                if not os.path.sameopenfile(self.direct, self.buffered):
+                    raise StoreError(f"{self.path!r} was replaced while it was opened: open it again")
+                self.block = _block_size(self.direct, self.size)
+            except StoreError:
+                self.close()
+                raise
+            except OSError:  # this filesystem has no O_DIRECT
+                pass
+        self.use_direct = self.block > 1
+
+    def fill(self, view: memoryview, offset: int, wanted: int) -> None:
+        """Read at least ``wanted`` bytes at ``offset`` into ``view``, which may have room for more."""
+        got = 0
+        try:
+            if self.use_direct:
+                try:
+                    got = os.preadv(self.direct, (view,), offset)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    self.use_direct = False  # opened, but refuses: read buffered from now on
+                    self.block = 1
+            if got < wanted:
+                got = self._fill_buffered(view, offset, got, wanted)
+        except (OSError, OverflowError) as error:
+            raise StoreReadError(
+                f"reading {self.path!r} at byte {offset}: wanted {wanted} bytes, got {got}: {reason_of(error)}: "
+                "check the disk and the kernel log, then fetch the file again"
+            ) from error
+        if got < wanted:
+            raise StoreReadError(
+                f"reading {self.path!r} at byte {offset}: wanted {wanted} bytes, got {got}: the file had {self.size} "
+                f"bytes when opened and has {os.fstat(self.buffered).st_size} now: fetch it again and open it anew"
+            )
+
+    def _fill_buffered(self, view: memoryview, offset: int, got: int, wanted: int) -> int:
+        first = got
+        while got < wanted and (more := os.preadv(self.buffered, (view[got:wanted],), offset + got)):
+            got += more
+        start = (offset + first) // PAGE * PAGE
+        if got > first:  # the page cache would compete with the budget
+            os.posix_fadvise(self.buffered, start, align_up(offset + got, PAGE) - start, os.POSIX_FADV_DONTNEED)
+        return got
+
+    def close(self) -> None:
+        for fd in (self.direct, self.buffered):
+            if fd >= 0:
+                os.close(fd)
+        self.direct = self.buffered = -1
+
+    __del__ = close  # a replaced file closes when its last job ends
+
+
+def _block_size(fd: int, size: int) -> int:
+    """What alignment an O_DIRECT descriptor takes, by trial: 512 or 4096; 1 where it refuses to read."""
+    page = memoryview(mmap.mmap(-1, 2 * PAGE))
+    for block in (512, PAGE):
+        if size < 2 * block:
+            continue  # at the end of the file a wrong alignment may pass unseen
+        try:
+            os.preadv(fd, (page[block : 2 * block],), block)
+            return block
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                return PAGE
+    return PAGE if size < 2 * PAGE else 1
+
+
+@dataclass(slots=True)
+class _InPlace:
+    """A chunk whose offset, length and address suit O_DIRECT."""
+
+    fence: ReadFence
+    file: _File
+    offset: int
+    view: memoryview
+
+    def run(self, scratch: memoryview, address: int) -> None:
+        self.file.fill(self.view, self.offset, len(self.view))
+
+
+@dataclass(slots=True)
+class _Bounce:
+    """Neighbouring bytes ``[offset, end)`` read at once, then each of ``parts`` (address, offset, nbytes) moved."""
+
+    fence: ReadFence
+    file: _File
+    offset: int
+    end: int
+    parts: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def run(self, scratch: memoryview, address: int) -> None:
+        block = self.file.block
+        start = self.offset - self.offset % block
+        self.file.fill(scratch[: align_up(self.end, block) - start], start, self.end - start)
+        for dst, offset, nbytes in self.parts:
+            move_bytes(dst, address + offset - start, nbytes)
+
+
+class Reader:
+    """Reads extents of ``paths``, numbered in the order given, with ``threads`` threads.
+
+    ``chunk_nbytes`` (a multiple of 4096) is the most one system call reads. ``direct=False`` reads
+    buffered and drops the pages again. Raises ``StoreError`` when a file cannot be opened.
+    """
+
+    def __init__(
+        self,
+        paths: Iterable[str | os.PathLike[str]],
+        *,
+        threads: int = 4,
+        chunk_nbytes: int = 4 << 20,
+        direct: bool = True,
+    ) -> None:
+        if chunk_nbytes < PAGE or chunk_nbytes % PAGE:
+            raise StoreError(f"chunk_nbytes is {chunk_nbytes}: a positive multiple of {PAGE} is needed, as {4 << 20}")
+        self._chunk = chunk_nbytes
+        self._direct = direct
+        self._closed = False
+        self._files: list[_File] = []
+        try:
+            for path in paths:
+                self._files.append(_File(path, direct))
+            self._workers = Workers(threads, chunk_nbytes + 2 * PAGE)
+        except BaseException:
+            for file in self._files:
+                file.close()
+            raise
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each file when it was opened."""
+        return tuple(file.size for file in self._files)
+
+    @property
+    def direct(self) -> tuple[bool, ...]:
+        """Whether each file is read past the page cache."""
+        return tuple(file.use_direct for file in self._files)
+
+    def read(self, requests: Sequence[ReadRequest]) -> ReadFence:
+        """Start filling each request's buffer. ``StoreReadError`` comes out of the fence, never a part as a whole.
+
+        Raises ``StoreError`` at once when closed, or for a request that names no file or a buffer of another size.
+        """
+        runs = [(r.file, r.extent.offset, r.extent.nbytes, self._address(r)) for r in requests if r.extent.nbytes]
+        runs.sort()
+        fence = ReadFence(sum(run[2] for run in runs), requests)
+        self._workers.submit(fence, self._jobs(fence, _joined(runs)))
+        return fence
+
+    def reopen(self, file: int) -> None:
+        """Read file number ``file`` anew by its path from now on; reads under way finish on what was open."""
+        if self._closed:
+            raise StoreError("the store is closed: open it again")
+        self._files[file] = _File(self._files[file].path, self._direct)
+
+    def close(self) -> None:
+        """End the threads and close the files; queued reads fail their fence. Idempotent."""
+        self._closed = True
+        self._workers.close()
+        for file in self._files:
+            file.close()
+
+    def _address(self, request: ReadRequest) -> int:
+        if not 0 <= request.file < len(self._files):
+            raise StoreError(f"file number {request.file} was asked for, the store has {len(self._files)}")
+        return buffer_address(request.into, request.extent.nbytes)
+
+    def _jobs(self, fence: ReadFence, runs: Iterable[tuple[int, int, int, int]]) -> list[Job]:
+        jobs: list[Job] = []
+        bounce: _Bounce | None = None  # the last one, that neighbours may join
+
+        def add(file: _File, offset: int, end: int, address: int) -> None:
+            nonlocal bounce
+            while offset < end:
+                stop = min(end, (offset // self._chunk + 1) * self._chunk)
+                if (
+                    bounce is None
+                    or bounce.file is not file
+                    or not bounce.offset <= offset < bounce.end + PAGE
+                    or stop - bounce.offset > self._chunk
+                ):
+                    bounce = _Bounce(fence, file, offset, stop)
+                    jobs.append(bounce)
+                bounce.end = max(bounce.end, stop)
+                bounce.parts.append((address, offset, stop - offset))
+                address += stop - offset
+                offset = stop
+
+        for number, offset, nbytes, address in runs:
+            file = self._files[number]
+            end, block = offset + nbytes, file.block
+            start, stop = align_up(offset, block), end - end % block
+            if (address - offset) % block or stop - start < SMALL:
+                add(file, offset, end, address)
+                continue
+            add(file, offset, start, address)
+            view = _view_of(address + start - offset, stop - start, 0x200)  # PyBUF_WRITE
+            for at in range(0, stop - start, self._chunk):
+                jobs.append(_InPlace(fence, file, start + at, view[at : at + self._chunk]))
+            add(file, stop, end, address + stop - offset)
+        return jobs
+
+
+def _joined(runs: Sequence[tuple[int, int, int, int]]) -> Iterable[tuple[int, int, int, int]]:
+    """Sorted runs (file, offset, nbytes, address), with those that adjoin in file and in memory made one."""
+    if not runs:
+        return
+    file, offset, nbytes, address = runs[0]
+    for following in runs[1:]:
+        if following[0] == file and following[1] == offset + nbytes and following[3] == address + nbytes:
+            nbytes += following[2]
+        else:
+            yield file, offset, nbytes, address
+            file, offset, nbytes, address = following
+    yield file, offset, nbytes, address
