@@ -1,0 +1,69 @@
+"""What every test gets: one compute thread, skips where the hardware is missing, and no leak let through."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def real_gds() -> bool:
+    """Whether reads can go from the disk to the GPU without a bounce buffer."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        import kvikio.cufile_driver
+    except ImportError:
+        return False
+    return bool(kvikio.cufile_driver.get("is_gds_available"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["cuda"] = "torch finds no CUDA GPU here"
+    if any(item.get_closest_marker("gds") for item in items) and not real_gds():
+        missing["gds"] = "no real GPUDirect Storage here"
+    for item in items:
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def our_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("tierstore")}
+
+
+def files_open_below(folder: Path) -> list[str]:
+    """Paths below ``folder`` that a file descriptor of this process points at."""
+    found = []
+    for entry in os.scandir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of this very listing
+            target = os.readlink(entry.path)
+            if target.startswith(f"{folder}/"):
+                found.append(target)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that leaves a thread of ours running, or a file below its ``tmp_path`` open."""
+    folder: Path | None = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
+    before = our_threads()
+    yield
+    left = our_threads() - before
+    for thread in left:
+        thread.join(timeout=5)  # closing need not wait for a thread's last instruction
+    alive = sorted(thread.name for thread in left if thread.is_alive())
+    assert not alive, f"threads left running: {alive}"
+    if folder is not None and files_open_below(folder):
+        gc.collect()  # what only the traceback of an expected error still holds is no leak
+        assert not files_open_below(folder), "files left open"
