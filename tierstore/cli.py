@@ -1,0 +1,183 @@
+"""The command ``tierstore``: generate text with a model larger than memory, and say what a machine has."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tierstore.budget import Budget, format_nbytes
+from tierstore.errors import CheckpointError, DeviceError, TierstoreError
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.live import Live
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"the tierstore command needs {missing.name}: pip install 'tierstore[hf]'") from None
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from tierstore.session import Session
+
+app = typer.Typer(
+    name="tierstore",
+    help="Runs models bigger than the GPU, or than RAM, from HBM, pinned RAM and NVMe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; always ends in ``SystemExit``. A ``TierstoreError`` is one line and exit code 2."""
+    try:
+        app(args=arguments)
+    except TierstoreError as error:
+        print("tierstore:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a .gguf file.")],
+    prompt: Annotated[str, typer.Option(help="What the model continues, or answers when it has a chat template.")],
+    hbm: Annotated[str, typer.Option(help="Weight bytes on the compute device, such as 20GiB.")],
+    ram: Annotated[str, typer.Option(help="Pinned host memory, such as 48GiB.")] = "0",
+    nvme: Annotated[str | None, typer.Option(help="The most to write below --store.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Where what must be converted is kept.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
+    device: Annotated[str | None, typer.Option(help="Where to compute, such as cuda:1 or cpu.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the weights, such as bfloat16.")] = None,
+    chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template when it has one.")] = True,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON: text and report.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that the checkpoint brings.")] = False,
+) -> None:
+    """Stream a checkpoint through the tiers and print what it says, then what moved."""
+    budget = Budget(hbm, ram, nvme)
+    with _Progress() as progress:
+        import torch
+
+        import tierstore
+
+        opened = tierstore.load(
+            checkpoint,
+            budget,
+            device=device,
+            dtype=_torch_dtype(dtype),
+            store=store,
+            trust_remote_code=trust_remote_code,
+        )
+        with opened as session:
+            progress.follow(session)
+            tokenizer = _tokenizer(session.checkpoint_path, trust_remote_code)
+            inputs = {name: value.to(session.device) for name, value in _encode(tokenizer, prompt, chat).items()}
+            torch.manual_seed(seed)
+            written = session.module.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+                streamer=None if as_json else _printer(tokenizer, progress),
+                **_sampling(temperature),
+            )
+            report = session.report()
+    if as_json:
+        text = tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        print(json.dumps({"text": text, "report": json.loads(report.to_json())}))
+    else:
+        print(f"\n{report}", file=sys.stderr)
+
+
+class _Progress:
+    """A line on stderr, on a terminal, until the first text comes: what the first pass has read so far."""
+
+    def __init__(self) -> None:
+        self._session: Session | None = None
+        # Live asks for the line from a thread of its own, so nothing here has to poll.
+        self._live = Live(get_renderable=self._line, console=Console(stderr=True), transient=True, refresh_per_second=4)
+
+    def __enter__(self) -> _Progress:
+        self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def follow(self, session: Session) -> None:
+        self._session = session
+
+    def stop(self) -> None:
+        """Take the line away. Idempotent."""
+        self._live.stop()
+
+    def _line(self) -> str:
+        if self._session is None:
+            return "opening the checkpoint"
+        report = self._session.report()
+        done, total = self._session.progress()
+        rate = report.bytes_moved / report.seconds if report.seconds > 0 else 0.0
+        return (
+            f"first pass: {min(done, total)} of {total} units, "
+            f"{format_nbytes(report.bytes_moved)} read, {format_nbytes(rate)}/s"
+        )
+
+
+def _torch_dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    dtype = None if name is None else getattr(torch, name, None)
+    if name is not None and not isinstance(dtype, torch.dtype):
+        raise DeviceError(f"--dtype {name!r} is no dtype of torch: write one such as bfloat16, float16 or float32")
+    return dtype
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} has no tokenizer that transformers can load ({error}): put its tokenizer files there"
+        ) from error
+    return tokenizer
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> Mapping[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask``, int64 of shape (1, length)."""
+    if chat and tokenizer.chat_template is not None:
+        turns = [{"role": "user", "content": prompt}]
+        encoded: Any = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    if encoded["input_ids"].numel() == 0:
+        raise typer.BadParameter("the prompt has no tokens: write some text", param_hint="--prompt")
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def _sampling(temperature: float) -> dict[str, Any]:
+    """Arguments of ``generate``; greedy ones also undo what the checkpoint's own configuration says."""
+    if temperature > 0:
+        return {"do_sample": True, "temperature": temperature}
+    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def _printer(tokenizer: PreTrainedTokenizerBase, progress: _Progress) -> Any:
+    """A streamer that prints text to stdout as it comes, the progress line gone first."""
+    from transformers import TextStreamer
+
+    class Printer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            progress.stop()
+            super().on_finalized_text(text, stream_end)
+
+    return Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
