@@ -11,13 +11,17 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tierstore.contracts import ReadRequest
 from tierstore.errors import StoreError, StoreReadError
 from tierstore.extents import align_up
 from tierstore.stores.workers import PAGE, SMALL, Job, ReadFence, Workers, buffer_address, move_bytes, reason_of
+
+KEPT_OPEN = 128
+"""Files up to which all stay open; a store with more opens them at each read, as processes may open few."""
 
 _view_of = ctypes.pythonapi.PyMemoryView_FromMemory
 _view_of.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
@@ -43,41 +47,43 @@ def open_regular(path: str | os.PathLike[str], flags: int = 0) -> int:
 
 
 class _File:
-    """One open file. ``block`` is what O_DIRECT needs offsets, lengths and addresses to be multiples of."""
+    """One file. ``block`` is what O_DIRECT needs offsets, lengths and addresses to be multiples of.
 
-    def __init__(self, path: str | os.PathLike[str], direct: bool) -> None:
+    The descriptors stay open with ``keep``; else each read opens them anew, and fails if the path leads elsewhere."""
+
+    def __init__(self, path: str | os.PathLike[str], *, direct: bool, keep: bool) -> None:
+        self._direct = self._buffered = -1
         self.path = os.fspath(path)
+        self.keep = keep
         self.block = 1
-        self.direct = self.buffered = -1
-        self.buffered = open_regular(path)
-        self.size = os.fstat(self.buffered).st_size
+        self._buffered = open_regular(path)
+        status = os.fstat(self._buffered)
+        self.size, self._identity = status.st_size, (status.st_dev, status.st_ino)
         if direct:
             try:
-                self.direct = open_regular(path, os.O_DIRECT)
-                if not os.path.sameopenfile(self.direct, self.buffered):
-                    raise StoreError(f"{self.path!r} was replaced while it was opened: open it again")
-                self.block = _block_size(self.direct, self.size)
+                self._direct = self._open(os.O_DIRECT)
+                self.block = _block_size(self._direct, self.size)
             except StoreError:
                 self.close()
                 raise
             except OSError:  # this filesystem has no O_DIRECT
                 pass
         self.use_direct = self.block > 1
+        if not keep:
+            self.close()
 
     def fill(self, view: memoryview, offset: int, wanted: int) -> None:
         """Read at least ``wanted`` bytes at ``offset`` into ``view``, which may have room for more."""
-        got = 0
+        got, size = 0, self.size
         try:
             if self.use_direct:
-                try:
-                    got = os.preadv(self.direct, (view,), offset)
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-                    self.use_direct = False  # opened, but refuses: read buffered from now on
-                    self.block = 1
+                got = self._fill_direct(view, offset)
             if got < wanted:
-                got = self._fill_buffered(view, offset, got, wanted)
+                with self._descriptor(0) as fd:
+                    got = _fill_buffered(fd, view, offset, got, wanted)
+                    size = os.fstat(fd).st_size
+        except StoreError:
+            raise
         except (OSError, OverflowError) as error:
             raise StoreReadError(
                 f"reading {self.path!r} at byte {offset}: wanted {wanted} bytes, got {got}: {reason_of(error)}: "
@@ -86,25 +92,57 @@ class _File:
         if got < wanted:
             raise StoreReadError(
                 f"reading {self.path!r} at byte {offset}: wanted {wanted} bytes, got {got}: the file had {self.size} "
-                f"bytes when opened and has {os.fstat(self.buffered).st_size} now: fetch it again and open it anew"
+                f"bytes when opened and has {size} now: fetch it again and open it anew"
             )
 
-    def _fill_buffered(self, view: memoryview, offset: int, got: int, wanted: int) -> int:
-        first = got
-        while got < wanted and (more := os.preadv(self.buffered, (view[got:wanted],), offset + got)):
-            got += more
-        start = (offset + first) // PAGE * PAGE
-        if got > first:  # the page cache would compete with the budget
-            os.posix_fadvise(self.buffered, start, align_up(offset + got, PAGE) - start, os.POSIX_FADV_DONTNEED)
-        return got
+    def _fill_direct(self, view: memoryview, offset: int) -> int:
+        try:
+            with self._descriptor(os.O_DIRECT) as fd:
+                return os.preadv(fd, (view,), offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        self.use_direct = False  # opened, but refuses: read buffered from now on
+        self.block = 1
+        return 0
+
+    @contextmanager
+    def _descriptor(self, flags: int) -> Iterator[int]:
+        kept = self._direct if flags else self._buffered
+        if kept >= 0:
+            yield kept
+            return
+        fd = self._open(flags)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _open(self, flags: int) -> int:
+        fd = open_regular(self.path, flags)
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino) != self._identity:
+            os.close(fd)
+            raise StoreReadError(f"{self.path!r} was replaced by another file since it was opened: open it anew")
+        return fd
 
     def close(self) -> None:
-        for fd in (self.direct, self.buffered):
+        for fd in (self._direct, self._buffered):
             if fd >= 0:
                 os.close(fd)
-        self.direct = self.buffered = -1
+        self._direct = self._buffered = -1
 
     __del__ = close  # a replaced file closes when its last job ends
+
+
+def _fill_buffered(fd: int, view: memoryview, offset: int, got: int, wanted: int) -> int:
+    first = got
+    while got < wanted and (more := os.preadv(fd, (view[got:wanted],), offset + got)):
+        got += more
+    if got > first:  # the page cache would compete with the budget
+        start = (offset + first) // PAGE * PAGE
+        os.posix_fadvise(fd, start, align_up(offset + got, PAGE) - start, os.POSIX_FADV_DONTNEED)
+    return got
 
 
 def _block_size(fd: int, size: int) -> int:
@@ -175,8 +213,9 @@ class Reader:
         self._closed = False
         self._files: list[_File] = []
         try:
+            paths = tuple(paths)
             for path in paths:
-                self._files.append(_File(path, direct))
+                self._files.append(_File(path, direct=direct, keep=len(paths) <= KEPT_OPEN))
             self._workers = Workers(threads, chunk_nbytes + 2 * PAGE)
         except BaseException:
             for file in self._files:
@@ -205,10 +244,12 @@ class Reader:
         return fence
 
     def reopen(self, file: int) -> None:
-        """Read file number ``file`` anew by its path from now on; reads under way finish on what was open."""
+        """Read file number ``file`` anew by its path from now on; reads under way finish on what was open
+        (with more than ``KEPT_OPEN`` files they may fail instead: wait for them first)."""
         if self._closed:
             raise StoreError("the store is closed: open it again")
-        self._files[file] = _File(self._files[file].path, self._direct)
+        old = self._files[file]
+        self._files[file] = _File(old.path, direct=self._direct, keep=old.keep)
 
     def close(self) -> None:
         """End the threads and close the files; queued reads fail their fence. Idempotent."""
