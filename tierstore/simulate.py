@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from math import inf
 from typing import NamedTuple
 
 from tierstore.budget import Tier
@@ -29,8 +30,9 @@ class Links:
     latency_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.nvme_bytes_per_second > 0 and self.ram_bytes_per_second > 0 and self.latency_seconds >= 0):
-            raise ValueError(f"links need bandwidths > 0 and a latency >= 0, got {self}")
+        rates = (self.nvme_bytes_per_second, self.ram_bytes_per_second)
+        if not all(0 < rate < inf for rate in rates) or not 0 <= self.latency_seconds < inf:
+            raise ValueError(f"links need finite bandwidths > 0 and a finite latency >= 0, got {self}")
 
 
 class Fetch(NamedTuple):
@@ -202,7 +204,7 @@ class _Replay:
         self._disk = _Link(links.nvme_bytes_per_second, links.latency_seconds)
         self._device = _Link(links.ram_bytes_per_second, links.latency_seconds)
         self._ring = _Ring(ring_nbytes)
-        self._staging = _Ring(staging_nbytes or float("inf"))
+        self._staging = _Ring(staging_nbytes or inf)
         self._staging_nbytes = staging_nbytes
         self._kept = {Tier.HBM: 0, Tier.RAM: 0}
         self._ready: dict[str, float] = {}  # when what the ring or HBM holds may be used
