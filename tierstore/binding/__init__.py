@@ -1,0 +1,1 @@
+"""Points the parameters and buffers of any ``nn.Module`` at leases."""

@@ -1,0 +1,158 @@
+"""Takes a module's tensors out of memory and puts them back, leaving the module as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tierstore.binding.ghosts import GhostParameter, GhostTensor, View
+from tierstore.binding.grouping import Group
+from tierstore.binding.inventory import Entry
+from tierstore.binding.loans import Loans
+from tierstore.binding.slot import Slot, storage_users
+from tierstore.binding.swap import can_swap, carry_gradient, swap_tensors
+from tierstore.binding.turns import Seat, Turn
+from tierstore.errors import TierstoreError
+
+_KEY = "_tierstore_view"
+
+
+@dataclass(frozen=True)
+class Held:
+    """An offloaded tensor: the entry, the block it lies in, its view of that block on meta, its own device."""
+
+    entry: Entry
+    block: str
+    meta: Tensor
+    device: torch.device
+
+
+class Binder:
+    """Ghosts in the places of a module's tensors, and the turns of its units.
+
+    Built in two steps, so that a failure in between leaves the module untouched: the constructor
+    only looks, ``bind`` changes the module, ``unbind`` changes it back.
+    """
+
+    def __init__(self, held: Sequence[Held], groups: Sequence[Group], loans: Loans, device: torch.device) -> None:
+        self._held = list(held)
+        self._loans = loans
+        self._device = device
+        self._groups = list(groups)
+        self._turns: dict[str, Turn] = {}
+        self._settled: set[int] = set()
+        self._originals: dict[int, Tensor] = {}
+
+    def bind(self) -> None:
+        """Put the ghosts in. Memory of the tensors is freed unless somebody else holds it."""
+        seats: dict[str, list[Seat]] = {}
+        for item in self._held:
+            tensor = item.entry.tensor
+            view = View(self._loans, item.block, item.meta, self._device)
+            self._originals[id(item.entry)] = become_ghost(tensor, view)
+            seats.setdefault(self._loans.unit_of(item.block), []).append(
+                Seat(tensor, view, tuple(item.entry.locations))
+            )
+        for group in self._groups:
+            if group.turns:
+                turn = self._turns[group.name] = Turn(group.name, seats[group.name], self._loans)
+                turn.watch(group.turns)
+        self._loans.step_aside = self._step_aside
+        self._forget_originals()
+
+    def abandon_turns(self) -> None:
+        """End turns that were broken off from outside, such as by an interrupt."""
+        for turn in self._turns.values():
+            turn.abandon()
+
+    def settle(self, units: Iterable[str], slots: Callable[[str], Slot]) -> None:
+        """Give the tensors of resident units their memory for good: no ghosts, no turns."""
+        chosen = set(units)
+        for name in chosen:
+            if name in self._turns:
+                self._turns.pop(name).unwatch()
+        made: dict[str, Slot] = {}
+        for item in self._held:
+            unit = self._loans.unit_of(item.block)
+            tensor = item.entry.tensor
+            if unit in chosen and can_swap(tensor):
+                slot = made.get(unit) or made.setdefault(unit, slots(unit))
+                become_real(tensor, slot.tensor(item.block, item.meta))
+                self._settled.add(id(item.entry))
+
+    def unbind(self, restore: Callable[[Held], Tensor]) -> None:
+        """Put real tensors back: ``restore`` gives each one's memory, on its original device."""
+        self._stop()
+        failed: BaseException | None = None
+        for item in self._held:
+            original = self._originals.pop(id(item.entry), None)
+            try:
+                memory = restore(item)
+                if original is not None:
+                    with torch.no_grad():
+                        memory = original.detach().copy_(memory)
+                become_real(item.entry.tensor, memory)
+            except (TierstoreError, MemoryError) as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    def retire(self) -> None:
+        """Leave ghosts everywhere, also where tensors had settled: any use says that the session is closed."""
+        self._stop()
+        for item in self._held:
+            if id(item.entry) in self._settled and can_swap(item.entry.tensor):
+                become_ghost(item.entry.tensor, View(self._loans, item.block, item.meta, self._device))
+
+    def _forget_originals(self) -> None:
+        """Free the memory of tensors that nobody outside the module can see."""
+        own: dict[int, int] = {}
+        for tensor in self._originals.values():
+            key = tensor.untyped_storage()._cdata
+            own[key] = own.get(key, 0) + 1
+        for item in self._held:
+            tensor = self._originals[id(item.entry)]
+            storage = tensor.untyped_storage()
+            if storage_users(storage) <= own[storage._cdata] + 1:
+                own[storage._cdata] -= 1
+                del self._originals[id(item.entry)]
+
+    def _stop(self) -> None:
+        for turn in self._turns.values():
+            turn.unwatch()
+        self._turns.clear()
+        self._loans.step_aside = lambda: False
+
+    def _step_aside(self) -> bool:
+        return any([turn.step_aside() for turn in self._turns.values()])
+
+
+def become_ghost(tensor: Tensor, view: View) -> Tensor:
+    """Turn ``tensor`` itself, and so every reference to it, into a ghost; what it was comes back as another object."""
+    cls = GhostParameter if isinstance(tensor, nn.Parameter) else GhostTensor
+    ghost: Tensor = cls(view, tensor.requires_grad)
+    _exchange(tensor, ghost)
+    return ghost
+
+
+def become_real(tensor: Tensor, memory: Tensor) -> None:
+    """Turn a ghost itself into a plain tensor or parameter over ``memory``."""
+    real = nn.Parameter(memory, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else memory
+    if not isinstance(tensor, nn.Parameter):
+        real.requires_grad_(tensor.requires_grad)
+    _exchange(tensor, real)
+
+
+def _exchange(tensor: Tensor, other: Tensor) -> None:
+    carry_gradient(tensor, other)
+    attributes = {key: value for key, value in tensor.__dict__.items() if key != _KEY}
+    swap_tensors(tensor, other)
+    tensor.__dict__.update(attributes)
+
+
+def metas_of(blocks: Mapping[str, int]) -> dict[str, torch.UntypedStorage]:
+    """One meta storage per block, of the block's bytes, for the views of it."""
+    return {name: torch.empty(n, dtype=torch.uint8, device="meta").untyped_storage() for name, n in blocks.items()}

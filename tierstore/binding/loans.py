@@ -1,0 +1,136 @@
+"""Lends units' memory to operations on ghosts, and keeps what they write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from tierstore.binding.slot import Slot
+from tierstore.contracts import Lease
+from tierstore.errors import CapacityError
+from tierstore.prefetch import Prefetcher
+from tierstore.tensors import Unit
+
+_SLOTS_KEPT = 32
+
+LOOKED_UP_FROM = 1 << 20
+"""Embedding tables from this size on, in bytes, are read row by row."""
+
+
+class Rows(Protocol):
+    """Reads single rows of a block, for embedding tables."""
+
+    def can_read_rows(self, block: str) -> bool:
+        """Whether the block rests where single rows can be read."""
+        ...
+
+    def read_rows(self, block: str, row_nbytes: int, rows: Sequence[int], into: Tensor) -> None:
+        """Fill ``into`` (1-D uint8 on the compute device) with the rows, one after the other."""
+        ...
+
+
+class Loans:
+    """The home of every ghost of one session.
+
+    ``keep(unit, block, data)`` stores changed bytes (1-D uint8, still in the slot) where the unit
+    rests. ``step_aside()`` asks turns to give up memory that no operation is using; whether any did.
+    """
+
+    def __init__(
+        self,
+        prefetcher: Prefetcher,
+        units: Mapping[str, Unit],
+        offsets: Callable[[Unit], Mapping[str, int]],
+        keep: Callable[[str, str, Tensor], None],
+        rows: Rows,
+    ) -> None:
+        self.prefetcher = prefetcher
+        self._units = units
+        self._offsets = offsets
+        self._keep = keep
+        self._rows = rows
+        self._unit_of = {block.name: unit.name for unit in units.values() for block in unit.blocks}
+        self._nbytes = {block.name: block.nbytes for unit in units.values() for block in unit.blocks}
+        self._slots: dict[str, dict[int, Slot]] = {}
+        self.step_aside: Callable[[], bool] = lambda: False
+
+    def unit_of(self, block: str) -> str:
+        """The unit that a block is fetched with."""
+        return self._unit_of[block]
+
+    def acquire(self, names: Sequence[str]) -> list[Slot]:
+        """Slots of units, in memory until ``release``."""
+        try:
+            leases = self.prefetcher.acquire(names)
+        except CapacityError:
+            if not self.step_aside():
+                raise
+            leases = self.prefetcher.acquire(names)
+        return [self._slot(name, lease) for name, lease in zip(names, leases, strict=True)]
+
+    def release(self, names: Sequence[str]) -> None:
+        """End what ``acquire`` began."""
+        self.prefetcher.release(names)
+
+    @contextmanager
+    def loan(self, blocks: Sequence[str], *, written: Sequence[str]) -> Iterator[Mapping[str, Slot]]:
+        names = list(dict.fromkeys(self._unit_of[block] for block in blocks))
+        slots = dict(zip(names, self.acquire(names), strict=True))
+        try:
+            yield {block: slots[self._unit_of[block]] for block in blocks}
+            for block in written:
+                self.keep(block, slots[self._unit_of[block]])
+        finally:
+            self.release(names)
+
+    def keep(self, block: str, slot: Slot) -> None:
+        """Store a block that was changed in its slot. When that fails the change is undone, and the error comes out."""
+        unit = self._unit_of[block]
+        try:
+            self._keep(unit, block, slot.block_bytes(block, self._nbytes[block]))
+        except BaseException:
+            self._slots.pop(unit, None)
+            self.prefetcher.spoil(unit)
+            raise
+
+    def lookup(self, block: str, meta: Tensor, indices: Tensor) -> tuple[Tensor, Tensor] | None:
+        if meta.dim() != 2 or not meta.is_contiguous() or meta.storage_offset() or not indices.numel():
+            return None
+        if self._nbytes[block] < LOOKED_UP_FROM or not self._rows.can_read_rows(block):
+            return None
+        if self.prefetcher.holds(self._unit_of[block]):
+            return None
+        rows, inverse = torch.unique(indices, return_inverse=True)
+        row_nbytes = meta.size(1) * meta.itemsize
+        if rows.numel() * row_nbytes * 8 > self._nbytes[block] or rows[0] < 0 or rows[-1] >= meta.size(0):
+            return None
+        nbytes = rows.numel() * row_nbytes
+        lease = self.prefetcher.borrow(nbytes)
+        if lease is None:
+            return None
+        try:
+            memory = cast(Tensor, lease.buffer)
+            self._rows.read_rows(block, row_nbytes, rows.tolist(), memory)
+            table = memory.view(meta.dtype).view(rows.numel(), meta.size(1)).clone()
+        finally:
+            self.prefetcher.give_back(lease, nbytes)
+        return table, inverse
+
+    def close(self) -> None:
+        """Let go of every view of the pools."""
+        self._slots.clear()
+
+    def _slot(self, name: str, lease: Lease) -> Slot:
+        known = self._slots.setdefault(name, {})
+        slot = known.get(lease.extent.offset)
+        if slot is None:
+            if len(known) >= _SLOTS_KEPT:
+                known.clear()
+            with torch.inference_mode(False):
+                slot = Slot(cast(Tensor, lease.buffer), self._offsets(self._units[name]))
+            known[lease.extent.offset] = slot
+        return slot

@@ -1,0 +1,228 @@
+"""A unit's turn: while the modules it serves run, its weights stand in them as plain tensors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tierstore.binding.bound import bind, was_written
+from tierstore.binding.ghosts import View
+from tierstore.binding.inventory import Location
+from tierstore.binding.loans import Loans
+from tierstore.binding.slot import Slot, storage_users
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A ghost, its view of the unit, and the places in modules that hold it."""
+
+    ghost: Tensor
+    view: View
+    locations: tuple[Location, ...]
+
+
+@dataclass
+class _Bound:
+    """The bound tensors over one slot, made once; ``users`` and ``references`` are those of its own."""
+
+    slot: Slot
+    tensors: list[Tensor]
+    versions: list[int]
+    users: int = 0
+    references: int = 0
+
+    def escaped(self, *, seated: int = 0) -> bool:
+        """Whether somebody else holds a bound tensor, or a view of the slot; ``seated`` places in modules may."""
+        return self.slot.users() > self.users or self._references() > self.references + seated
+
+    def settle(self) -> None:
+        """Take the present owners as the ones that are expected."""
+        self.users, self.references = self.slot.users(), self._references()
+
+    def _references(self) -> int:
+        return sum(map(sys.getrefcount, self.tensors))
+
+
+class Turn:
+    """Takes a unit while any of its modules runs.
+
+    The first turn, and every turn with gradients, leaves the ghosts in place: it finds out whether
+    views of the weights outlive the turn. If none do, later turns put plain tensors over the slot in
+    the ghosts' places. A view that escapes then (a branch not taken before) keeps its slot until it
+    dies, and the unit stays with ghosts from then on.
+    """
+
+    def __init__(self, unit: str, seats: Sequence[Seat], loans: Loans) -> None:
+        self.unit = unit
+        self._seats = seats
+        self._loans = loans
+        self._depth = 0
+        self._pinned = False
+        self._placed: _Bound | None = None
+        self._plain = False
+        self._escapes = False
+        self._bound: dict[int, _Bound] = {}
+        self._detained: list[_Bound] = []
+        storages = {id(seat.view.meta.untyped_storage()): seat.view.meta.untyped_storage() for seat in seats}
+        self._storages = list({s._cdata: s for s in storages.values()}.values())
+        self._quiet_users = [storage_users(s) for s in self._storages]
+        self._handles: list[RemovableHandle] = []
+        self._lock = RLock()
+
+    def watch(self, modules: Sequence[nn.Module]) -> None:
+        """Let the forward of ``modules`` be the turn."""
+        for module in modules:
+            self._handles.append(module.register_forward_pre_hook(_Enter(self), prepend=True))
+            self._handles.append(module.register_forward_hook(_Leave(self), always_call=True))
+
+    def unwatch(self) -> None:
+        """Remove the hooks and end a turn that was broken off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.abandon()
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._depth:
+                self._depth += 1
+                return
+            self._free_detained()
+            slot = self._loans.acquire([self.unit])[0]
+            self._pinned = True
+            self._depth = 1
+            if self._plain and not torch.is_grad_enabled():
+                self._place(slot)
+
+    def leave(self) -> None:
+        with self._lock:
+            if not self._depth:
+                return
+            self._depth -= 1
+            if self._depth:
+                return
+            try:
+                if self._placed is not None:
+                    self._take_back()
+                elif not torch.is_grad_enabled() and not self._escapes:
+                    self._escapes = self._ghost_views_live()
+                    self._plain = not self._escapes
+            finally:
+                self._unpin()
+
+    def abandon(self) -> None:
+        """End a turn that never came to its end."""
+        if self._depth:
+            self._depth = 1
+            self.leave()
+
+    def step_aside(self) -> bool:
+        """Give up the memory for an operation that needs it, if nobody sees it right now; whether it did."""
+        self._free_detained()
+        if not self._pinned:
+            return False
+        if self._placed is not None:
+            if self._placed.escaped(seated=sum(len(seat.locations) for seat in self._seats)):
+                return False
+            self._take_back()
+        self._unpin()
+        return True
+
+    def _unpin(self) -> None:
+        if self._pinned:
+            self._pinned = False
+            self._loans.release([self.unit])
+
+    def _place(self, slot: Slot) -> None:
+        bound = self._bound.get(slot.key)
+        if bound is None:
+            if len(self._bound) >= 32:
+                self._bound.clear()
+            bound = self._bound[slot.key] = self._make(slot)
+        for seat, tensor in zip(self._seats, bound.tensors, strict=True):
+            for location in seat.locations:
+                container: Any = location.container
+                if container[location.key] is seat.ghost:
+                    container[location.key] = tensor
+        self._placed = bound
+
+    def _make(self, slot: Slot) -> _Bound:
+        with torch.inference_mode(False), torch.no_grad():
+            tensors = [bind(slot.tensor(seat.view.block, seat.view.meta), seat.ghost) for seat in self._seats]
+        bound = _Bound(slot, tensors, [tensor._version for tensor in tensors])
+        del tensors
+        bound.settle()
+        return bound
+
+    def _take_back(self) -> None:
+        bound, self._placed = self._placed, None
+        assert bound is not None
+        written: dict[str, None] = {}
+        for index, (seat, tensor) in enumerate(zip(self._seats, bound.tensors, strict=True)):
+            for location in seat.locations:
+                container: Any = location.container
+                if _at(container, location.key) is tensor:
+                    container[location.key] = seat.ghost
+            if was_written(tensor, bound.versions[index]):
+                bound.versions[index] = tensor._version
+                written[seat.view.block] = None
+        for block in written:
+            self._loans.keep(block, bound.slot)
+        del tensor
+        if bound.escaped():
+            # someone kept a view of the slot: its memory stays theirs until they drop it
+            self._loans.acquire([self.unit])
+            self._detained.append(bound)
+            self._plain, self._escapes = False, True
+
+    def _free_detained(self) -> None:
+        for bound in [b for b in self._detained if not b.escaped()]:
+            self._detained.remove(bound)
+            self._loans.release([self.unit])
+
+    def _ghost_views_live(self) -> bool:
+        return any(storage_users(s) > n for s, n in zip(self._storages, self._quiet_users, strict=True))
+
+
+def _at(container: Any, key: Any) -> Any:
+    try:
+        return container[key]
+    except LookupError:
+        return None
+
+
+class _Hook:
+    """A hook that does not follow its module into a copy: the copy's weights are plain."""
+
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Inert:
+        return Inert()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Inert, ())
+
+
+class _Enter(_Hook):
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self._turn.enter()
+
+
+class _Leave(_Hook):
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._turn.leave()
+
+
+class Inert:
+    """What is left of a hook in a copy of the module."""
+
+    def __call__(self, *args: Any) -> None:
+        return None

@@ -1,0 +1,130 @@
+"""From a module's tensors to units and a plan: what ``offload`` and ``load`` have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from tierstore.binding.binder import Held
+from tierstore.binding.grouping import Group, group_blocks
+from tierstore.binding.loans import LOOKED_UP_FROM
+from tierstore.budget import Budget, Tier, format_nbytes
+from tierstore.errors import PlanError
+from tierstore.plan import Plan, build_plan
+from tierstore.simulate import Links
+from tierstore.tensors import Unit
+
+UNIT_NBYTES = 64 << 20
+"""Subtrees are fetched whole up to this size: larger units only make the ring larger."""
+
+TYPICAL_LINKS = Links(nvme_bytes_per_second=2e9, ram_bytes_per_second=2e10, latency_seconds=1e-4)
+"""What the planner assumes before anything has moved; only ring sizes depend on it."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A module cut into units: the groups, their order of use, and the bytes one operation may need at once."""
+
+    groups: tuple[Group, ...]
+    order: tuple[str, ...]
+    step_nbytes: int
+
+
+def cut_module(root: nn.Module, held: Sequence[Held], nbytes: Mapping[str, int], hbm: int) -> Cut:
+    """Units for the blocks of ``held`` (``nbytes`` each) when ``hbm`` bytes may stand in memory."""
+    owners: dict[str, dict[nn.Module, None]] = {}
+    for item in held:
+        for location in item.entry.locations:
+            owners.setdefault(item.block, {})[location.owner] = None
+    looked_up = {
+        item.block
+        for item in held
+        if nbytes[item.block] >= LOOKED_UP_FROM
+        and any(type(location.owner) is nn.Embedding for location in item.entry.locations)
+    }
+    groups = group_blocks(
+        root,
+        owners,
+        nbytes,
+        limit_nbytes=min(UNIT_NBYTES, hbm // 8),
+        leaf_limit_nbytes=hbm // 2,
+        looked_up=looked_up,
+    )
+    return Cut(tuple(groups), _order_of(root, groups, owners, looked_up), _step_nbytes(root, owners, nbytes))
+
+
+def plan_units(
+    units: Sequence[Unit], cut: Cut, hbm: int, ram: int, *, fixed_nbytes: int, unified: bool, look_up: bool
+) -> Plan:
+    """A plan for ``units`` in ``hbm`` bytes, beside ``fixed_nbytes`` that stay for other reasons.
+
+    With ``look_up``, tables that the order leaves out rest on disk, where their rows are read, unless
+    everything fits in memory.
+
+    Raises ``PlanError`` with the smallest ``hbm`` that would do.
+    """
+    largest = max((block.nbytes for unit in units for block in unit.blocks), default=0)
+    if hbm < fixed_nbytes + largest:
+        name = next((block.name for unit in units for block in unit.blocks if block.nbytes == largest), "nothing")
+        beside = f" beside {format_nbytes(fixed_nbytes)} of tensors that stay in memory" if fixed_nbytes else ""
+        raise PlanError(
+            f"{name} needs {format_nbytes(largest)} of hbm at once{beside}, the budget has {format_nbytes(hbm)}: raise "
+            f"Budget.hbm to at least {format_nbytes(fixed_nbytes + largest)} ({fixed_nbytes + largest} bytes)",
+            needed=fixed_nbytes + largest,
+        )
+    room = hbm - fixed_nbytes
+    used = set(cut.order)
+    tables = [unit.name for unit in units if unit.name not in used]
+    fits = sum(unit.nbytes for unit in units) <= room + (ram if unified else 0)
+    at_rest = dict.fromkeys(tables, Tier.NVME) if look_up and not fits else {}
+    plan = build_plan(
+        [unit for unit in units if unit.name not in at_rest],
+        cut.order if at_rest else (*tables, *cut.order),
+        Budget(max(room, 1), ram),
+        links=TYPICAL_LINKS,
+        unified=unified,
+        largest_step_nbytes=min(room, 3 * cut.step_nbytes),
+    )
+    return replace(plan, tier={**plan.tier, **at_rest})
+
+
+def align_of(tensors: Sequence[Tensor]) -> int:
+    """The address alignment that keeps results bit-equal to those of fresh tensors.
+
+    16-bit floats give the same bits at any address of theirs (measured on x86 with torch 2.13); the
+    last bit of float32 and float64 products depends on it, and torch aligns fresh memory to 64.
+    """
+    return 2 if all(t.dtype in (torch.bfloat16, torch.float16) for t in tensors) else 64
+
+
+def _order_of(
+    root: nn.Module, groups: Sequence[Group], owners: Mapping[str, Mapping[nn.Module, None]], looked_up: set[str]
+) -> tuple[str, ...]:
+    """Units in registration order of the modules that use them; tables that are only looked up are left out."""
+    uses: dict[nn.Module, list[str]] = {}
+    for group in groups:
+        if group.turns:
+            for module in group.turns:
+                uses.setdefault(module, []).append(group.name)
+        elif not looked_up.intersection(group.blocks):
+            uses.setdefault(next(iter(owners[group.blocks[0]])), []).append(group.name)
+    return tuple(name for module in root.modules() for name in uses.get(module, ()))
+
+
+def _step_nbytes(
+    root: nn.Module, owners: Mapping[str, Mapping[nn.Module, None]], nbytes: Mapping[str, int]
+) -> int:
+    """An upper bound of what one operation needs: a module's own tensors, or all of those that torch fuses."""
+    direct: dict[nn.Module, int] = {}
+    for block, holders in owners.items():
+        for module in holders:
+            direct[module] = direct.get(module, 0) + nbytes[block]
+    fused = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    steps = [
+        sum(direct.get(m, 0) for m in module.modules()) if isinstance(module, fused) else direct.get(module, 0)
+        for module in root.modules()
+    ]
+    return max(steps, default=0)

@@ -1,0 +1,152 @@
+"""``load``: a checkpoint that never exists in memory as a whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tierstore.backends import Backend, backend_for
+from tierstore.binding.binder import Binder, Held, become_real, metas_of
+from tierstore.binding.inventory import Entry, find_entries
+from tierstore.binding.loans import Loans
+from tierstore.budget import Budget
+from tierstore.composing import align_of, cut_module, plan_units
+from tierstore.errors import BudgetError, DeviceError
+from tierstore.machine import check_budget, inspect_machine
+from tierstore.report.tally import Tally
+from tierstore.runtime import Runtime
+from tierstore.session import Engaged, Session
+from tierstore.tensors import Block, Unit
+
+if TYPE_CHECKING:
+    from tierstore.hf.checkpoint import Checkpoint
+
+
+def load(
+    path: str | os.PathLike[str],
+    budget: Budget,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    store: str | os.PathLike[str] | None = None,
+    model_class: type | None = None,
+    trust_remote_code: bool = False,
+    backend: Backend | None = None,
+) -> Session:
+    """A transformers checkpoint, run from where its bytes lie: safetensors shards, or a ``.gguf`` file.
+
+    ``device`` computes (default: the current CUDA device, else the CPU); ``dtype`` None is the
+    checkpoint's own. Only weights that need arithmetic (a cast, a permutation) are written, once, below
+    ``store``. ``model_class`` replaces the class that the checkpoint's config names. Code from the
+    checkpoint runs only with ``trust_remote_code``. ``backend`` replaces what is made for the device,
+    for tests.
+
+    Raises ``PlanError`` with the smallest budget that would do, ``BudgetError``, ``CheckpointError``
+    and ``StoreError``; nothing is left open then.
+    """
+    if not isinstance(budget, Budget):
+        raise BudgetError(f"load takes a Budget, got {type(budget).__name__}: write Budget(hbm='4GiB', ...)")
+    chosen = backend or backend_for(device)
+    check_budget(budget, inspect_machine(), chosen.device)
+    try:
+        from tierstore.hf.checkpoint import open_checkpoint
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("tierstore"):
+            raise
+        raise DeviceError(
+            f"load needs the package {error.name}, which is not installed: pip install 'tierstore[hf]'"
+        ) from error
+    checkpoint = open_checkpoint(
+        path,
+        dtype=dtype,
+        model_class=model_class,
+        trust_remote_code=trust_remote_code,
+        store_dir=None if store is None else Path(store),
+        nvme=budget.nvme,
+    )
+    with ExitStack() as undo:
+        undo.callback(checkpoint.store.close)
+        session = _engage(checkpoint, budget, chosen)
+        undo.pop_all()
+    return session
+
+
+def _engage(checkpoint: Checkpoint, budget: Budget, backend: Backend) -> Session:
+    module = checkpoint.module
+    tally = Tally()
+    entries = find_entries(module, elsewhere={*checkpoint.pieces, *checkpoint.ready})
+    fixed = _place_ready(entries, checkpoint.ready, backend.device)
+    held, blocks = _blocks_of(entries, checkpoint, backend.device)
+    cut = cut_module(module, held, {n: b.nbytes for n, b in blocks.items()}, max(budget.hbm - fixed, 0))
+    units = [Unit(group.name, tuple(blocks[b] for b in group.blocks)) for group in cut.groups]
+    unified = backend.engine.unified
+    plan = plan_units(units, cut, budget.hbm, budget.ram, fixed_nbytes=fixed, unified=unified, look_up=True)
+    with ExitStack() as undo:
+        runtime = Runtime(units, {unit.name: checkpoint.store for unit in units}, plan, backend, tally)
+        undo.callback(runtime.close)
+        loans = Loans(runtime.prefetcher, runtime.units, runtime.feed.offsets, runtime.keep, runtime)
+        binder = Binder(held, cut.groups, loans, backend.device)
+        binder.bind()
+        engaged = Engaged(module, runtime, binder)
+        runtime.prefetcher.start()
+        undo.pop_all()
+    return Session(
+        module,
+        plan,
+        tally=tally,
+        engaged=engaged,
+        fixed_nbytes={"hbm": fixed, "ram": 0},
+        written_nbytes=lambda: getattr(checkpoint, "written_nbytes", 0),
+        finish=_finisher(binder, loans, runtime),
+        notes=checkpoint.notes,
+        checkpoint_path=getattr(checkpoint, "path", None),
+    )
+
+
+def _finisher(binder: Binder, loans: Loans, runtime: Runtime) -> Callable[[], None]:
+    def finish() -> None:
+        try:
+            binder.retire()
+        finally:
+            loans.close()
+            runtime.close()
+
+    return finish
+
+
+def _place_ready(entries: Collection[Entry], ready: Mapping[str, Tensor], device: torch.device) -> int:
+    """Put the computed tensors, which are in memory, into the module; their bytes."""
+    placed = 0
+    for entry in entries:
+        if entry.name in ready:
+            value = ready[entry.name].to(device)
+            become_real(entry.tensor, value)
+            placed += value.numel() * value.element_size()
+    return placed
+
+
+def _blocks_of(
+    entries: Collection[Entry], checkpoint: Checkpoint, device: torch.device
+) -> tuple[list[Held], dict[str, Block]]:
+    """One block per stored tensor, which is contiguous."""
+    stored = [entry for entry in entries if entry.name in checkpoint.pieces]
+    sizes = {entry.name: entry.tensor.numel() * entry.tensor.element_size() for entry in stored}
+    storages = metas_of(sizes)
+    held: list[Held] = []
+    blocks: dict[str, Block] = {}
+    for entry in stored:
+        tensor = entry.tensor
+        meta = torch.empty(0, dtype=tensor.dtype, device="meta")
+        meta.set_(storages[entry.name], 0, tensor.size(), torch.empty(tensor.size(), device="meta").stride())
+        held.append(Held(entry, entry.name, meta, device))
+        blocks[entry.name] = Block(
+            entry.name, sizes[entry.name], align_of([tensor]), tuple(checkpoint.pieces[entry.name])
+        )
+    return held, blocks
+

@@ -1,0 +1,245 @@
+"""The machinery of one session: pools, feeds and the prefetcher that a plan calls for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tierstore.backends import Backend
+from tierstore.binding.slot import Slot
+from tierstore.budget import Tier
+from tierstore.contracts import Feed, Fence, Lease, Pool, ReadRequest, Store
+from tierstore.errors import StoreError
+from tierstore.events import Moved, Recorder
+from tierstore.feeds.direct import DirectFeed
+from tierstore.feeds.staged import StagedFeed
+from tierstore.ledger import Ledger
+from tierstore.plan import Plan
+from tierstore.prefetch import Prefetcher
+from tierstore.slots import SLOT_ALIGN, lay_out
+from tierstore.tensors import Block, Unit
+
+
+class Runtime:
+    """Brings units from their stores as ``plan`` says, and keeps what is written to them.
+
+    ``stores`` gives each unit's store. Pools and ledgers are separate for what stays (``hbm``,
+    ``ram``) and what streams, so that neither can fragment or crowd out the other. Weight bytes are
+    bounded exactly; the pools are larger than the bounds by alignment padding only.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], stores: Mapping[str, Store], plan: Plan, backend: Backend, recorder: Recorder
+    ) -> None:
+        self.units = {unit.name: unit for unit in units}
+        self.plan = plan
+        self.backend = backend
+        self._stores = stores
+        self._unified = backend.engine.unified
+        self._recorder = recorder
+        self._closing = ExitStack()
+        self._blocks: dict[str, tuple[Unit, Block]] = {b.name: (u, b) for u in units for b in u.blocks}
+        tiers = plan.tier
+        in_place = {Tier.HBM, Tier.RAM} if self._unified else {Tier.HBM}
+        self.residents = frozenset(name for name in self.units if tiers[name] in in_place)
+        self.hbm_ledger = Ledger(plan.resident_nbytes[Tier.HBM], "hbm")
+        self.ram_ledger = Ledger(plan.resident_nbytes[Tier.RAM] + plan.staging_nbytes, "ram")
+        self.ring_ledger = Ledger(plan.ring_nbytes, "hbm")
+        try:
+            self.feed = self._make_feed()
+            self.prefetcher = self._make_prefetcher()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def peak_bytes(self) -> dict[str, int]:
+        """The most weight bytes that were ever in each memory tier."""
+        ram = self.ram_ledger.peak if self._unified else self.feed.peak_staging_nbytes
+        return {"hbm": self.hbm_ledger.peak + self.ring_ledger.peak, "ram": ram}
+
+    def keep(self, unit: str, block: str, data: Tensor) -> None:
+        """Store changed bytes of a block where its unit rests. Residents rest where they are."""
+        if unit in self.residents:
+            return
+        host = data.cpu()
+        if self.plan.tier[unit] is Tier.RAM:
+            self.feed.rewrite(self.units[unit], block, host)
+            return
+        write = getattr(self._stores[unit], "write", None)
+        if write is None:
+            raise StoreError(
+                f"{block} was written to while it streams from a checkpoint, which is never changed: give the weights "
+                f"room to stay with a larger Budget.hbm, or load the model into memory and use tierstore.offload"
+            )
+        write(block, host)
+
+    def read_rows(self, block: str, row_nbytes: int, rows: Sequence[int], into: Tensor) -> None:
+        """Fill ``into`` (on the compute device) with rows of a block, straight from its store."""
+        unit, spec = self._blocks[block]
+        host = into if self._unified else torch.empty(into.numel(), dtype=torch.uint8)
+        requests: list[ReadRequest] = []
+        for index, row in enumerate(rows):
+            requests += _requests(spec, row * row_nbytes, row_nbytes, host[index * row_nbytes : (index + 1) * row_nbytes])
+        start = time.perf_counter()
+        store = self._stores[unit.name]
+        store.read(requests).wait()
+        if host is not into:
+            into.copy_(host)
+        self._recorder(Moved(f"{store.tier}->hbm", into.numel(), start, time.perf_counter()))
+
+    def can_read_rows(self, block: str) -> bool:
+        """Whether single rows can be read from the block's store."""
+        unit = self._blocks[block][0].name
+        return unit not in self.residents and self.plan.tier[unit] is Tier.NVME
+
+    def fill(self) -> None:
+        """Bring every resident in, and what rests in pinned memory, so that their stores may go."""
+        for name in sorted(self.residents):
+            self.prefetcher.acquire([name])
+            self.prefetcher.release([name])
+        self.feed.prime([unit for unit in self.units.values() if self.plan.tier[unit.name] is Tier.RAM])
+
+    def read_block(self, block: str) -> Tensor:
+        """A copy of a block's true bytes in host memory: 1-D uint8."""
+        unit, spec = self._blocks[block]
+        memory = torch.empty(spec.nbytes, dtype=torch.uint8)
+        if unit.name in self.residents:
+            slot = self.slot(unit.name)
+            memory.copy_(slot.block_bytes(block, spec.nbytes))
+        elif not self._unified and self.plan.tier[unit.name] is Tier.RAM:
+            memory.copy_(self.feed.kept(unit, block))
+        else:
+            self._stores[unit.name].read(_requests(spec, 0, spec.nbytes, memory)).wait()
+        return memory
+
+    def slot(self, unit: str) -> Slot:
+        """The memory of a resident unit, which it keeps."""
+        lease = self.prefetcher.acquire([unit])[0]
+        self.prefetcher.release([unit])
+        return Slot(cast(Tensor, lease.buffer), self.feed.offsets(self.units[unit]))
+
+    def close(self) -> None:
+        """End transfers and threads, then release memory and stores. Idempotent."""
+        self._closing.close()
+
+    def _make_feed(self) -> _Feeds:
+        feeds: dict[int, DirectFeed | StagedFeed] = {}
+        by_store: dict[int, list[Unit]] = {}
+        for unit in self.units.values():
+            by_store.setdefault(id(self._stores[unit.name]), []).append(unit)
+        for store in {id(s): s for s in self._stores.values()}.values():
+            self._closing.callback(store.close)
+        staging: Pool | None = None
+        if not self._unified:
+            kept = [u for u in self.units.values() if self.plan.tier[u.name] is Tier.RAM]
+            room = sum(_padded(lay_out(u).nbytes) for u in kept)
+            moving = [_padded(lay_out(u).nbytes) - u.nbytes for u in self.units.values()]
+            ring = self.plan.staging_nbytes + (4 * max(moving, default=0) if self.plan.staging_nbytes else 0)
+            staging = self.backend.host_pool(room + ring)
+            self._closing.callback(self.backend.engine.close)
+            self._closing.callback(staging.close)
+        for key, units in by_store.items():
+            store = self._stores[units[0].name]
+            if staging is None:
+                feeds[key] = DirectFeed(store, self._recorder)
+            else:
+                keep = [u.name for u in units if self.plan.tier[u.name] is Tier.RAM]
+                feeds[key] = StagedFeed(store, staging, self.backend.engine, self._recorder, keep=keep)
+            self._closing.callback(feeds[key].close)
+        return _Feeds({u.name: feeds[id(self._stores[u.name])] for u in self.units.values()})
+
+    def _make_prefetcher(self) -> Prefetcher:
+        pools: dict[str, Pool] = {}
+        ledgers: dict[str, Ledger] = {}
+        for tier, ledger in ((Tier.HBM, self.hbm_ledger), (Tier.RAM, self.ram_ledger)):
+            names = [n for n in self.residents if self.plan.tier[n] is tier]
+            pool = self._pool(sum(_padded(self.feed.slot_nbytes(self.units[n])) for n in names))
+            pools.update(dict.fromkeys(names, pool))
+            ledgers.update(dict.fromkeys(names, ledger))
+        streamed = [u for n, u in self.units.items() if n not in self.residents]
+        prefetcher = Prefetcher(
+            self.units,
+            [name for name in self.plan.order if name in self.units],
+            self.residents,
+            feed=self.feed,
+            pools=pools,
+            ledgers=ledgers,
+            ring=self._pool(self._ring_capacity(streamed)),
+            ledger=self.ring_ledger,
+            mark=self.backend.engine.mark,
+            recorder=self._recorder,
+        )
+        self._closing.callback(prefetcher.close)
+        return prefetcher
+
+    def _pool(self, nbytes: int) -> Pool:
+        pool = self.backend.device_pool(nbytes)
+        self._closing.callback(pool.close)
+        return pool
+
+    def _ring_capacity(self, streamed: Sequence[Unit]) -> int:
+        """Ring bytes with the padding of as many units as fit: the ledger bounds weights, this bounds memory."""
+        paddings = sorted((_padded(self.feed.slot_nbytes(u)) - u.nbytes for u in streamed), reverse=True)
+        sizes = sorted(u.nbytes for u in streamed)
+        count, total = 0, 0
+        for nbytes in sizes:
+            total += nbytes
+            if total > self.plan.ring_nbytes:
+                break
+            count += 1
+        return self.plan.ring_nbytes + sum(paddings[: count + 1])
+
+
+class _Feeds:
+    """Each unit's own feed, as one."""
+
+    def __init__(self, feeds: Mapping[str, DirectFeed | StagedFeed]) -> None:
+        self._feeds = feeds
+
+    def slot_nbytes(self, unit: Unit) -> int:
+        return self._feeds[unit.name].slot_nbytes(unit)
+
+    def offsets(self, unit: Unit) -> Mapping[str, int]:
+        return self._feeds[unit.name].offsets(unit)
+
+    def bring(self, unit: Unit, lease: Lease) -> Fence:
+        return self._feeds[unit.name].bring(unit, lease)
+
+    def prime(self, units: Sequence[Unit]) -> None:
+        for unit in units:
+            cast(Any, self._feeds[unit.name]).prime(unit)
+
+    def kept(self, unit: Unit, block: str) -> Tensor:
+        return cast(Tensor, cast(Any, self._feeds[unit.name]).kept(unit, block))
+
+    def rewrite(self, unit: Unit, block: str, data: Tensor) -> None:
+        cast(Any, self._feeds[unit.name]).write(unit, block, data)
+
+    @property
+    def peak_staging_nbytes(self) -> int:
+        return max((getattr(feed, "peak_staging_nbytes", 0) for feed in self._feeds.values()), default=0)
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // SLOT_ALIGN) * SLOT_ALIGN
+
+
+def _requests(block: Block, start: int, nbytes: int, into: Tensor) -> list[ReadRequest]:
+    """Reads of bytes ``[start, start + nbytes)`` of a block into ``into``."""
+    requests: list[ReadRequest] = []
+    for piece in block.pieces:
+        first = max(start, piece.at)
+        last = min(start + nbytes, piece.at + piece.extent.nbytes)
+        if first < last:
+            extent = type(piece.extent)(piece.extent.offset + first - piece.at, last - first)
+            requests.append(ReadRequest(piece.file, extent, into[first - start : last - start]))
+    return requests
+
+
+_: type[Feed] = _Feeds

@@ -1,0 +1,133 @@
+"""The one place that owns a module's offloading: it composes, reports and closes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch import nn
+
+from tierstore.binding.binder import Binder
+from tierstore.binding.passes import Passes
+from tierstore.plan import Plan
+from tierstore.report.report import Report
+from tierstore.report.tally import Tally
+from tierstore.runtime import Runtime
+
+
+class Engaged:
+    """What is at work while a session has weights to move: machinery, ghosts and pass watching."""
+
+    def __init__(self, module: nn.Module, runtime: Runtime, binder: Binder) -> None:
+        self.runtime = runtime
+        self.binder = binder
+        self.passes = 0
+        self._unsettled = set(runtime.residents)
+        self._watch = Passes(module, self._begin_pass, self._end_pass)
+
+    def settle(self) -> None:
+        """Give every resident that has arrived its memory for good."""
+        arrived = {name for name in self._unsettled if self.runtime.prefetcher.holds(name)}
+        if arrived:
+            self.binder.settle(arrived, self.runtime.slot)
+            self._unsettled -= arrived
+        if not self._unsettled:
+            self.runtime.prefetcher.settle()
+
+    def stop(self) -> None:
+        """Stop watching passes. Idempotent."""
+        self._watch.close()
+
+    def _begin_pass(self) -> None:
+        self.binder.abandon_turns()
+
+    def _end_pass(self, whole: bool) -> None:
+        if not whole:
+            self.runtime.prefetcher.drop_pass()
+            return
+        self.passes += 1
+        self.runtime.prefetcher.end_pass()
+        if self._unsettled:
+            self.settle()
+
+
+class Session:
+    """An offloaded module. A context manager; ``close()`` does the same, once.
+
+    ``module`` is the module to run, ``plan`` where its weights are and what bounds its speed.
+    ``checkpoint_path`` is the directory a loaded model came from, None for a module given in memory.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        plan: Plan,
+        *,
+        tally: Tally,
+        engaged: Engaged | None,
+        fixed_nbytes: Mapping[str, int],
+        written_nbytes: Callable[[], int],
+        finish: Callable[[], None],
+        notes: Sequence[str] = (),
+        checkpoint_path: Path | None = None,
+    ) -> None:
+        self.module = module
+        self.plan = plan
+        self.checkpoint_path = checkpoint_path
+        self._tally = tally
+        self._engaged = engaged
+        self._fixed_nbytes = fixed_nbytes
+        self._written_nbytes = written_nbytes
+        self._finish: Callable[[], None] | None = finish
+        self._notes = tuple(notes)
+        self._started = time.perf_counter()
+        self._ended: float | None = None
+        self._last_peaks: dict[str, int] = {}
+
+    def report(self) -> Report:
+        """What happened so far; also after ``close()``. Cheap enough to poll."""
+        return self._tally.report(
+            peak_bytes=self._peaks(),
+            resident_share=self.plan.share,
+            passes=self._engaged.passes if self._engaged else 0,
+            seconds=(self._ended or time.perf_counter()) - self._started,
+            notes=self._notes,
+        )
+
+    def progress(self) -> tuple[int, int]:
+        """Units visited in the pass under way, and units in a pass."""
+        if self._engaged is None:
+            return 0, 0
+        return self._engaged.runtime.prefetcher.visited, len(self.plan.order)
+
+    def close(self) -> None:
+        """End every transfer and thread and leave the module as it was found. Idempotent.
+
+        A module from ``load`` keeps its shapes; using its weights raises ``SessionClosedError``.
+        """
+        finish, self._finish = self._finish, None
+        if finish is None:
+            return
+        self._last_peaks = self._peaks()
+        self._ended = time.perf_counter()
+        if self._engaged is not None:
+            self._engaged.stop()
+        finish()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _peaks(self) -> dict[str, int]:
+        if self._finish is None:
+            return self._last_peaks
+        moving = self._engaged.runtime.peak_bytes if self._engaged else {"hbm": 0, "ram": 0}
+        peaks = {tier: self._fixed_nbytes[tier] + moving[tier] for tier in ("hbm", "ram")}
+        return {**peaks, "nvme": self._written_nbytes()}
