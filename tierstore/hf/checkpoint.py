@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.utils._pytree import tree_leaves
 
 from tierstore.budget import format_nbytes
 from tierstore.contracts import Store
 from tierstore.errors import CheckpointError
 from tierstore.extents import Extent
 from tierstore.hf.converted import converted_store
+from tierstore.hf.gguf import import_gguf
 from tierstore.hf.joined import JoinedStore
 from tierstore.hf.model import read_config, trace
 from tierstore.hf.placement import Computed, Placed, Run, contiguous_runs, materialise
@@ -64,31 +66,37 @@ def open_checkpoint(
     cannot be read. The caller closes ``store``.
     """
     path = Path(path)
+    notes: list[str] = []
+    if path.suffix == ".gguf":
+        path, note = import_gguf(path, dtype=dtype, model_class=model_class, store_dir=store_dir, nvme=nvme)
+        dtype, notes = None, [note]
     config = read_config(path, model_class, trust_remote_code)
     store = SafetensorsStore(path / (getattr(config, "transformers_weights", None) or ""))
     try:
         traced = trace(path, config, store, dtype=dtype, model_class=model_class, trust_remote_code=trust_remote_code)
         runs = {name: contiguous_runs(placed) for name, placed in traced.placed.items()}
-        arithmetic = {name: placed for name, placed in traced.placed.items() if _computed_in(runs[name])}
-        ready, notes = dict(traced.ready), list(traced.notes)
-        if sum(placed.nbytes for placed in arithmetic.values()) <= READY_NBYTES:
-            ready |= {name: materialise(placed) for name, placed in arithmetic.items()}
-            runs = {name: made for name, made in runs.items() if name not in arithmetic}
-            notes += [f"in memory: {line}" for line in _reasons(arithmetic)]
-            return Checkpoint(traced.module, _pieces(runs, {}, 0), store, ready, tuple(notes))
-        tensors = {
-            (name if number == 0 else f"{name}#{number}"): source
-            for name in arithmetic
-            for number, source in enumerate(_computed_in(runs[name]))
-        }
+        arithmetic = {name: _computed_in(made) for name, made in runs.items() if _computed_in(made)}
+        why = _reasons(arithmetic)
+        notes += traced.notes
+        if sum(traced.placed[name].nbytes for name in arithmetic) <= READY_NBYTES:
+            ready = {name: materialise(traced.placed[name]) for name in arithmetic}
+            pieces = _pieces({name: made for name, made in runs.items() if name not in arithmetic}, {}, 0)
+            notes += [f"converted in memory: {line}" for line in why]
+            return Checkpoint(traced.module, pieces, store, {**traced.ready, **ready}, tuple(notes))
         if store_dir is None:
-            raise CheckpointError(_refusal(path, arithmetic, tensors))
+            raise CheckpointError(_refusal(path, arithmetic, why))
+        tensors = {
+            f"{name}#{number}" if number else name: source
+            for name, sources in arithmetic.items()
+            for number, source in enumerate(sources)
+        }
         file, fingerprint = _place_for(path, store_dir, store, tensors)
         made = converted_store(file, tensors, fingerprint, nvme=nvme)
         where = {source: made.pieces(name)[0] for name, source in tensors.items()}
-        notes += [f"in {str(file)!r}: {line}" for line in _reasons(arithmetic)]
+        notes += [f"converted to {str(file)!r}: {line}" for line in why]
         joined = JoinedStore(store, len(store.paths), made)
-        return Checkpoint(traced.module, _pieces(runs, where, len(store.paths)), joined, ready, tuple(notes))
+        pieces = _pieces(runs, where, len(store.paths))
+        return Checkpoint(traced.module, pieces, joined, traced.ready, tuple(notes))
     except BaseException:
         store.close()
         raise
@@ -110,36 +118,36 @@ def _pieces(
     return {name: tuple(piece(run) for run in made) for name, made in runs.items()}
 
 
-def _reasons(arithmetic: Mapping[str, Placed]) -> list[str]:
-    """Lines such as ``"12 tensors (1.20 GiB): cast from float32 to bfloat16"``."""
+def _reasons(arithmetic: Mapping[str, Sequence[Computed]]) -> list[str]:
+    """Lines such as ``"12 weights (1.20 GiB): cast from float32 to bfloat16"``."""
     count: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
-    for placed in arithmetic.values():
-        why = " and ".join(sorted({_reason(source) for source in _computed_in(contiguous_runs(placed))}))
+    for sources in arithmetic.values():
+        why = " and ".join(sorted({_reason(source) for source in sources}))
         count[why] += 1
-        nbytes[why] += placed.nbytes
-    return [f"{count[why]} tensors ({format_nbytes(nbytes[why])}): {why}" for why in count]
+        nbytes[why] += sum(source.nbytes for source in sources)
+    return [f"{count[why]} weights ({format_nbytes(nbytes[why])}): {why}" for why in count]
 
 
 def _reason(source: Computed) -> str:
-    inner = [part for part in torch.utils._pytree.tree_leaves(source.args) if isinstance(part, Placed)]
-    name = source.func.__name__ if hasattr(source.func, "__name__") else str(source.func)
-    if name.startswith("_to_copy"):
+    inner = [part for part in tree_leaves((source.args, source.kwargs)) if isinstance(part, Placed)]
+    name = str(source.func).removeprefix("aten.").partition(".")[0]
+    if name == "_to_copy":
         return f"cast from {str(inner[0].dtype)[6:]} to {str(source.dtype)[6:]}"
     deeper = {_reason(found) for part in inner for found in _computed_in(part.runs)}
-    if name.startswith(("clone", "cat", "stack")):
+    if name in ("clone", "cat", "stack"):
         return " and ".join(sorted(deeper)) or "rearranged in runs below 4 KiB"
-    return " and ".join(sorted(deeper | {name.split(".")[0]}))
+    return " and ".join(sorted(deeper | {name}))
 
 
-def _refusal(path: Path, arithmetic: Mapping[str, Placed], tensors: Mapping[str, Computed]) -> str:
+def _refusal(path: Path, arithmetic: Mapping[str, Sequence[Computed]], why: Sequence[str]) -> str:
     names = list(arithmetic)
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    need = sum(tensor.nbytes for tensor in tensors.values())
+    need = sum(source.nbytes for sources in arithmetic.values() for source in sources)
     return (
-        f"{len(names)} weights of {str(path)!r} need arithmetic before they can be used ({shown}: "
-        f"{'; '.join(_reasons(arithmetic))}), which takes {format_nbytes(need)} on disk once: pass store= with a "
-        "folder for them, or a dtype= that needs no cast"
+        f"{len(names)} weights of {str(path)!r} need arithmetic before they can be used ({shown}; {'; '.join(why)}), "
+        f"which takes {format_nbytes(need)} on disk, once: pass store= with a folder for them, or a dtype= that needs "
+        "no cast"
     )
 
 

@@ -113,7 +113,7 @@ class _UnfoundStaysOnMeta(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.empty_like and isinstance(args[0], nn.Parameter):
+        if func is torch.empty_like and isinstance(args[0], nn.Parameter) and args[0].is_meta:
             kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
 

@@ -16,7 +16,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tierstore.contracts import ReadRequest, Store
 from tierstore.extents import Extent
@@ -81,9 +81,12 @@ class Placed(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = {key: value for key, value in (kwargs or {}).items() if key != "device"}  # moving is no arithmetic
+        kwargs = dict(kwargs or {})
+        device = kwargs.pop("device", "cpu")  # moving is no arithmetic
         if func is _aten.equal.default:
             return _equal(args[0], args[1])
+        if _takes_only_the_shape(func):
+            return func(args[0].form, *args[1:], **kwargs, device=device)
         if func._schema.is_mutable:
             raise NotImplementedError(f"{func} would write into a weight that is still on disk")
         first = args[0]
@@ -96,7 +99,7 @@ class Placed(torch.Tensor):
             raise NotImplementedError(f"{func} has no tensor for a result, so it cannot be put off")
         whole = torch.empty(out.shape, dtype=out.dtype, device="meta")
         runs = _gathered(_destinations(func, args, kwargs, whole))
-        some = next(part for part in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(part, Placed))
+        some = next(part for part in tree_leaves((args, kwargs)) if isinstance(part, Placed))
         return Placed(whole, runs or _computed(func, args, kwargs, whole), some.store)
 
 
@@ -157,6 +160,11 @@ def _fill(runs: Sequence[Run], nbytes: int, store: Store) -> torch.Tensor:
     if requests:
         store.read(requests).wait()
     return flat
+
+
+def _takes_only_the_shape(func: Any) -> bool:
+    name: str = func._schema.name
+    return name.endswith("_like") or "::new_" in name
 
 
 def _changes_nothing(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
