@@ -6,7 +6,6 @@ into place on an ``O_DIRECT`` descriptor; ragged ends and what does not agree pa
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -18,14 +17,20 @@ from dataclasses import dataclass, field
 from tierstore.contracts import ReadRequest
 from tierstore.errors import StoreError, StoreReadError
 from tierstore.extents import align_up
-from tierstore.stores.workers import PAGE, SMALL, Job, ReadFence, Workers, buffer_address, move_bytes, reason_of
+from tierstore.stores.workers import (
+    PAGE,
+    SMALL,
+    Job,
+    ReadFence,
+    Workers,
+    buffer_address,
+    move_bytes,
+    reason_of,
+    view_of,
+)
 
 KEPT_OPEN = 128
 """Files up to which all stay open; a store with more opens them at each read, as processes may open few."""
-
-_view_of = ctypes.pythonapi.PyMemoryView_FromMemory
-_view_of.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
-_view_of.restype = ctypes.py_object
 
 
 def open_regular(path: str | os.PathLike[str], flags: int = 0) -> int:
@@ -292,7 +297,7 @@ class Reader:
                 add(file, offset, end, address)
                 continue
             add(file, offset, start, address)
-            view = _view_of(address + start - offset, stop - start, 0x200)  # PyBUF_WRITE
+            view = view_of(address + start - offset, stop - start)
             for at in range(0, stop - start, self._chunk):
                 jobs.append(_InPlace(fence, file, start + at, view[at : at + self._chunk]))
             add(file, stop, end, address + stop - offset)

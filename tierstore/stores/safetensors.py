@@ -6,17 +6,17 @@ The layout is the one of https://huggingface.co/docs/safetensors (8 bytes of hea
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
 
 from tierstore.contracts import ReadRequest
-from tierstore.errors import StoreError, StoreFormatError, StoreReadError
+from tierstore.errors import StoreError, StoreFormatError
 from tierstore.extents import Extent
+from tierstore.stores.json_files import kind_of, read_bytes, strict_json
 from tierstore.stores.reader import Reader, open_regular
 from tierstore.stores.workers import ReadFence, reason_of
 from tierstore.tensors import Piece, TensorSpec
@@ -138,7 +138,7 @@ def read_header(path: Path) -> Header:
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size
-        start = _read(fd, 8, path)
+        start = read_bytes(fd, 8, path)
         if start[:4] == b"PK\x03\x04":
             raise _pickled(path)
         if len(start) < 8:
@@ -156,7 +156,7 @@ def read_header(path: Path) -> Header:
                 f"{str(path)!r} declares a header of {length} bytes, the file has {size - 8} after the length: "
                 "it was cut short: fetch it again"
             )
-        raw = _read(fd, length, path)
+        raw = read_bytes(fd, length, path)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)
@@ -168,9 +168,11 @@ def parse_header(raw: bytes, file_nbytes: int, *, where: str) -> Header:
 
     Raises ``StoreFormatError`` for anything malformed, and for nothing else."""
     start = 8 + len(raw)
-    table = _strict_json(raw, f"the header of {where!r}")
+    table = strict_json(raw, f"the header of {where!r}")
     if not isinstance(table, dict):
-        raise StoreFormatError(f"the header of {where!r} is a JSON {_kind(table)}, an object is needed: fetch it again")
+        raise StoreFormatError(
+            f"the header of {where!r} is a JSON {kind_of(table)}, an object is needed: fetch it again"
+        )
     metadata = _text_map(table.pop("__metadata__", {}), f"__metadata__ of {where!r}")
     found = [_entry(name, value, file_nbytes - start, where) for name, value in table.items()]
     found.sort(key=lambda item: (item[1].offset, item[1].end))
@@ -200,7 +202,7 @@ def _entry(name: str, value: object, data_nbytes: int, where: str) -> tuple[Tens
     what = f"tensor {name!r} of {where!r}"
     _check_name(name, what)
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        keys = _short(sorted(value)) if isinstance(value, dict) else f"a JSON {_kind(value)}"
+        keys = _short(sorted(value)) if isinstance(value, dict) else f"a JSON {kind_of(value)}"
         raise StoreFormatError(f"{what} needs exactly dtype, shape and data_offsets, has {keys}: fetch the file again")
     dtype = value["dtype"]
     if dtype in _PACKED:
@@ -278,12 +280,12 @@ def _read_index(path: Path) -> dict[str, str]:
     """Shard by tensor name."""
     fd = open_regular(path)
     try:
-        raw = _read(fd, MAX_HEADER_NBYTES + 1, path)
+        raw = read_bytes(fd, MAX_HEADER_NBYTES + 1, path)
     finally:
         os.close(fd)
     if len(raw) > MAX_HEADER_NBYTES:
         raise StoreFormatError(f"index {str(path)!r} is longer than {MAX_HEADER_NBYTES} bytes: fetch it again")
-    table = _strict_json(raw, f"index {str(path)!r}")
+    table = strict_json(raw, f"index {str(path)!r}")
     if not isinstance(table, dict) or "weight_map" not in table:
         raise StoreFormatError(f"index {str(path)!r} has no weight_map from tensor to shard: fetch it again")
     index = _text_map(table["weight_map"], f"weight_map of {str(path)!r}")
@@ -307,52 +309,14 @@ def _read_index(path: Path) -> dict[str, str]:
     return index
 
 
-def _read(fd: int, nbytes: int, path: Path) -> bytes:
-    """Up to ``nbytes`` from where ``fd`` stands, less at the end of the file."""
-    parts = bytearray()
-    try:
-        while len(parts) < nbytes and (part := os.read(fd, min(nbytes - len(parts), 16 << 20))):
-            parts += part
-    except OSError as error:
-        raise StoreReadError(
-            f"reading {str(path)!r} at byte {os.lseek(fd, 0, os.SEEK_CUR)}: wanted {nbytes} bytes, got {len(parts)}: "
-            f"{reason_of(error)}: check the disk and the kernel log, then fetch the file again"
-        ) from error
-    return bytes(parts)
-
-
-def _strict_json(raw: bytes, what: str) -> object:
-    """JSON as RFC 8259 has it, with every key once."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise StoreFormatError(f"{what} has the key {twice!r} twice: fetch it again")
-        return table
-
-    def no_number(text: str) -> Iterator[object]:
-        raise StoreFormatError(f"{what} holds {text}, which is not JSON: fetch it again")
-
-    try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_number)
-    except StoreFormatError:
-        raise
-    except UnicodeDecodeError as error:
-        raise StoreFormatError(f"{what} is not UTF-8 at byte {error.start}: it is damaged: fetch it again") from error
-    except (ValueError, RecursionError) as error:
-        raise StoreFormatError(f"{what} is not JSON ({str(error)[:200]}): it is damaged: fetch it again") from error
-
-
 def _text_map(value: object, what: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise StoreFormatError(
-            f"{what} is a JSON {_kind(value)}, an object from text to text is needed: fetch it again"
+            f"{what} is a JSON {kind_of(value)}, an object from text to text is needed: fetch it again"
         )
     for key, text in value.items():
         if not isinstance(text, str):
-            raise StoreFormatError(f"{what} has a {_kind(text)} under {key!r}, text is needed: fetch it again")
+            raise StoreFormatError(f"{what} has a {kind_of(text)} under {key!r}, text is needed: fetch it again")
     return value
 
 
@@ -374,8 +338,3 @@ def _pickled(path: Path) -> StoreError:
 
 def _short(value: object) -> str:
     return text if len(text := repr(value)) <= 100 else f"{text[:100]}..."
-
-
-def _kind(value: object) -> str:
-    kinds = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return kinds.get(type(value), "number")

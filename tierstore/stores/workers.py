@@ -11,6 +11,8 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import Protocol
 
+import torch
+
 from tierstore.contracts import Buffer, ReadRequest
 from tierstore.errors import StoreError, StoreReadError
 
@@ -19,6 +21,9 @@ PAGE = 4096
 SMALL = 64 << 10
 """Bytes: below this a copy costs less than a read of its own."""
 
+_view_of = ctypes.pythonapi.PyMemoryView_FromMemory
+_view_of.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_view_of.restype = ctypes.py_object
 # Small moves keep the interpreter lock: taking it back from a busy thread may cost 5 ms.
 _move_small = ctypes.PyDLL(None).memmove
 _move_small.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -30,13 +35,18 @@ def move_bytes(dst: int, src: int, nbytes: int) -> None:
     (_move_small if nbytes < SMALL else ctypes.memmove)(dst, src, nbytes)
 
 
+def view_of(address: int, nbytes: int) -> memoryview:
+    """Writable host memory, without a copy. The caller keeps it allocated."""
+    view: memoryview = _view_of(address, nbytes, 0x200)  # PyBUF_WRITE
+    return view
+
+
 def buffer_address(buffer: Buffer, nbytes: int) -> int:
     """The host address of a buffer of exactly ``nbytes``, or ``StoreError``."""
-    if buffer.numel() != nbytes or not getattr(buffer, "is_cpu", True):
-        raise StoreError(
-            f"a buffer of {nbytes} bytes in host memory is needed, got {buffer.numel()} elements"
-            f"{'' if getattr(buffer, 'is_cpu', True) else ' in device memory'}: slice the buffer to the extent"
-        )
+    if buffer.numel() != nbytes:
+        raise StoreError(f"a buffer of {nbytes} bytes is needed, got {buffer.numel()}: slice it to the extent")
+    if isinstance(buffer, torch.Tensor) and not (buffer.is_cpu and buffer.is_contiguous()):
+        raise StoreError("a contiguous buffer in host memory is needed: copy it there first")
     return buffer.data_ptr()
 
 
@@ -93,6 +103,10 @@ class ReadFence:
             raise self._error.with_traceback(None)
 
     gate = wait
+
+    def settle(self) -> None:
+        """Block until done, whatever came of it."""
+        self._over.wait()
 
 
 class Job(Protocol):
