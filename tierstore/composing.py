@@ -114,9 +114,7 @@ def _order_of(
     return tuple(name for module in root.modules() for name in uses.get(module, ()))
 
 
-def _step_nbytes(
-    root: nn.Module, owners: Mapping[str, Mapping[nn.Module, None]], nbytes: Mapping[str, int]
-) -> int:
+def _step_nbytes(root: nn.Module, owners: Mapping[str, Mapping[nn.Module, None]], nbytes: Mapping[str, int]) -> int:
     """An upper bound of what one operation needs: a module's own tensors, or all of those that torch fuses."""
     direct: dict[nn.Module, int] = {}
     for block, holders in owners.items():

@@ -80,7 +80,7 @@ class Pool(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """Bytes ``extent`` of file number ``file``, to be written to ``into`` (exactly ``extent.nbytes``, in host memory)."""
+    """Bytes ``extent`` of file number ``file``, to go to ``into``: exactly ``extent.nbytes`` of host memory."""
 
     file: int
     extent: Extent

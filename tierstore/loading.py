@@ -149,4 +149,3 @@ def _blocks_of(
             entry.name, sizes[entry.name], align_of([tensor]), tuple(checkpoint.pieces[entry.name])
         )
     return held, blocks
-

@@ -16,8 +16,8 @@ from tierstore.binding.binder import Binder, Held, metas_of
 from tierstore.binding.grouping import Group
 from tierstore.binding.inventory import Entry, Span, find_entries, find_spans
 from tierstore.binding.loans import Loans
-from tierstore.budget import Budget, Tier, format_nbytes
 from tierstore.binding.relocation import Relocated
+from tierstore.budget import Budget, Tier, format_nbytes
 from tierstore.composing import TYPICAL_LINKS, align_of, cut_module, plan_units
 from tierstore.contracts import Store
 from tierstore.errors import ModuleError, PlanError

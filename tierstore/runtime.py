@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from torch import Tensor
 from tierstore.backends import Backend
 from tierstore.binding.slot import Slot
 from tierstore.budget import Tier
-from tierstore.contracts import Feed, Fence, Lease, Pool, ReadRequest, Store
+from tierstore.contracts import Pool, ReadRequest, Store
 from tierstore.errors import StoreError
 from tierstore.events import Moved, Recorder
+from tierstore.extents import Extent, align_up
 from tierstore.feeds.direct import DirectFeed
 from tierstore.feeds.staged import StagedFeed
 from tierstore.ledger import Ledger
@@ -23,6 +24,10 @@ from tierstore.plan import Plan
 from tierstore.prefetch import Prefetcher
 from tierstore.slots import SLOT_ALIGN, lay_out
 from tierstore.tensors import Block, Unit
+
+
+TRANSFER_NBYTES = 16 << 20
+"""Host memory that residents pass through on their way to a device, where a plan streams nothing from disk."""
 
 
 class Runtime:
@@ -60,7 +65,7 @@ class Runtime:
     @property
     def peak_bytes(self) -> dict[str, int]:
         """The most weight bytes that were ever in each memory tier."""
-        ram = self.ram_ledger.peak if self._unified else self.feed.peak_staging_nbytes
+        ram = self.feed.peak_staging_nbytes if isinstance(self.feed, StagedFeed) else self.ram_ledger.peak
         return {"hbm": self.hbm_ledger.peak + self.ring_ledger.peak, "ram": ram}
 
     def keep(self, unit: str, block: str, data: Tensor) -> None:
@@ -68,8 +73,8 @@ class Runtime:
         if unit in self.residents:
             return
         host = data.cpu()
-        if self.plan.tier[unit] is Tier.RAM:
-            self.feed.rewrite(self.units[unit], block, host)
+        if isinstance(self.feed, StagedFeed) and self.plan.tier[unit] is Tier.RAM:
+            self.feed.write(self.units[unit], block, host)
             return
         write = getattr(self._stores[unit], "write", None)
         if write is None:
@@ -85,7 +90,9 @@ class Runtime:
         host = into if self._unified else torch.empty(into.numel(), dtype=torch.uint8)
         requests: list[ReadRequest] = []
         for index, row in enumerate(rows):
-            requests += _requests(spec, row * row_nbytes, row_nbytes, host[index * row_nbytes : (index + 1) * row_nbytes])
+            requests += _requests(
+                spec, row * row_nbytes, row_nbytes, host[index * row_nbytes : (index + 1) * row_nbytes]
+            )
         start = time.perf_counter()
         store = self._stores[unit.name]
         store.read(requests).wait()
@@ -103,7 +110,10 @@ class Runtime:
         for name in sorted(self.residents):
             self.prefetcher.acquire([name])
             self.prefetcher.release([name])
-        self.feed.prime([unit for unit in self.units.values() if self.plan.tier[unit.name] is Tier.RAM])
+        if isinstance(self.feed, StagedFeed):
+            for unit in self.units.values():
+                if self.plan.tier[unit.name] is Tier.RAM:
+                    self.feed.kept(unit, unit.blocks[0].name)
 
     def read_block(self, block: str) -> Tensor:
         """A copy of a block's true bytes in host memory: 1-D uint8."""
@@ -112,7 +122,7 @@ class Runtime:
         if unit.name in self.residents:
             slot = self.slot(unit.name)
             memory.copy_(slot.block_bytes(block, spec.nbytes))
-        elif not self._unified and self.plan.tier[unit.name] is Tier.RAM:
+        elif isinstance(self.feed, StagedFeed) and self.plan.tier[unit.name] is Tier.RAM:
             memory.copy_(self.feed.kept(unit, block))
         else:
             self._stores[unit.name].read(_requests(spec, 0, spec.nbytes, memory)).wait()
@@ -128,38 +138,33 @@ class Runtime:
         """End transfers and threads, then release memory and stores. Idempotent."""
         self._closing.close()
 
-    def _make_feed(self) -> _Feeds:
-        feeds: dict[int, DirectFeed | StagedFeed] = {}
-        by_store: dict[int, list[Unit]] = {}
-        for unit in self.units.values():
-            by_store.setdefault(id(self._stores[unit.name]), []).append(unit)
-        for store in {id(s): s for s in self._stores.values()}.values():
+    def _make_feed(self) -> DirectFeed | StagedFeed:
+        stores = list({id(store): store for store in self._stores.values()}.values())
+        for store in stores:
             self._closing.callback(store.close)
-        staging: Pool | None = None
-        if not self._unified:
-            kept = [u for u in self.units.values() if self.plan.tier[u.name] is Tier.RAM]
-            room = sum(_padded(lay_out(u).nbytes) for u in kept)
-            moving = [_padded(lay_out(u).nbytes) - u.nbytes for u in self.units.values()]
-            ring = self.plan.staging_nbytes + (4 * max(moving, default=0) if self.plan.staging_nbytes else 0)
-            staging = self.backend.host_pool(room + ring)
+        feed: DirectFeed | StagedFeed
+        if self._unified:
+            (store,) = stores  # what computes from host memory and rests there is never moved
+            feed = DirectFeed(store, self._recorder)
+        else:
+            keep = [u for u in self.units.values() if self.plan.tier[u.name] is Tier.RAM]
+            passing = [u for u in self.units.values() if self.plan.tier[u.name] is not Tier.RAM]
+            ring = self.plan.staging_nbytes or (TRANSFER_NBYTES if passing else 0)
+            staging = self.backend.host_pool(
+                sum(align_up(lay_out(u).nbytes, SLOT_ALIGN) for u in keep) + ring + (8 * SLOT_ALIGN if ring else 0)
+            )
             self._closing.callback(self.backend.engine.close)
             self._closing.callback(staging.close)
-        for key, units in by_store.items():
-            store = self._stores[units[0].name]
-            if staging is None:
-                feeds[key] = DirectFeed(store, self._recorder)
-            else:
-                keep = [u.name for u in units if self.plan.tier[u.name] is Tier.RAM]
-                feeds[key] = StagedFeed(store, staging, self.backend.engine, self._recorder, keep=keep)
-            self._closing.callback(feeds[key].close)
-        return _Feeds({u.name: feeds[id(self._stores[u.name])] for u in self.units.values()})
+            feed = StagedFeed(self._stores, staging, self.backend.engine, self._recorder, keep=keep)
+        self._closing.callback(feed.close)
+        return feed
 
     def _make_prefetcher(self) -> Prefetcher:
         pools: dict[str, Pool] = {}
         ledgers: dict[str, Ledger] = {}
         for tier, ledger in ((Tier.HBM, self.hbm_ledger), (Tier.RAM, self.ram_ledger)):
             names = [n for n in self.residents if self.plan.tier[n] is tier]
-            pool = self._pool(sum(_padded(self.feed.slot_nbytes(self.units[n])) for n in names))
+            pool = self._pool(sum(align_up(self.feed.slot_nbytes(self.units[n]), SLOT_ALIGN) for n in names))
             pools.update(dict.fromkeys(names, pool))
             ledgers.update(dict.fromkeys(names, ledger))
         streamed = [u for n, u in self.units.items() if n not in self.residents]
@@ -185,7 +190,7 @@ class Runtime:
 
     def _ring_capacity(self, streamed: Sequence[Unit]) -> int:
         """Ring bytes with the padding of as many units as fit: the ledger bounds weights, this bounds memory."""
-        paddings = sorted((_padded(self.feed.slot_nbytes(u)) - u.nbytes for u in streamed), reverse=True)
+        paddings = sorted((align_up(self.feed.slot_nbytes(u), SLOT_ALIGN) - u.nbytes for u in streamed), reverse=True)
         sizes = sorted(u.nbytes for u in streamed)
         count, total = 0, 0
         for nbytes in sizes:
@@ -196,40 +201,6 @@ class Runtime:
         return self.plan.ring_nbytes + sum(paddings[: count + 1])
 
 
-class _Feeds:
-    """Each unit's own feed, as one."""
-
-    def __init__(self, feeds: Mapping[str, DirectFeed | StagedFeed]) -> None:
-        self._feeds = feeds
-
-    def slot_nbytes(self, unit: Unit) -> int:
-        return self._feeds[unit.name].slot_nbytes(unit)
-
-    def offsets(self, unit: Unit) -> Mapping[str, int]:
-        return self._feeds[unit.name].offsets(unit)
-
-    def bring(self, unit: Unit, lease: Lease) -> Fence:
-        return self._feeds[unit.name].bring(unit, lease)
-
-    def prime(self, units: Sequence[Unit]) -> None:
-        for unit in units:
-            cast(Any, self._feeds[unit.name]).prime(unit)
-
-    def kept(self, unit: Unit, block: str) -> Tensor:
-        return cast(Tensor, cast(Any, self._feeds[unit.name]).kept(unit, block))
-
-    def rewrite(self, unit: Unit, block: str, data: Tensor) -> None:
-        cast(Any, self._feeds[unit.name]).write(unit, block, data)
-
-    @property
-    def peak_staging_nbytes(self) -> int:
-        return max((getattr(feed, "peak_staging_nbytes", 0) for feed in self._feeds.values()), default=0)
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // SLOT_ALIGN) * SLOT_ALIGN
-
-
 def _requests(block: Block, start: int, nbytes: int, into: Tensor) -> list[ReadRequest]:
     """Reads of bytes ``[start, start + nbytes)`` of a block into ``into``."""
     requests: list[ReadRequest] = []
@@ -237,9 +208,6 @@ def _requests(block: Block, start: int, nbytes: int, into: Tensor) -> list[ReadR
         first = max(start, piece.at)
         last = min(start + nbytes, piece.at + piece.extent.nbytes)
         if first < last:
-            extent = type(piece.extent)(piece.extent.offset + first - piece.at, last - first)
+            extent = Extent(piece.extent.offset + first - piece.at, last - first)
             requests.append(ReadRequest(piece.file, extent, into[first - start : last - start]))
     return requests
-
-
-_: type[Feed] = _Feeds

@@ -40,7 +40,7 @@ class _Exposing:
 
     def __array__(self: Any, *args: Any, **kwargs: Any) -> Any:
         _expose(self)
-        return Tensor.__array__(self, *args, **kwargs)
+        return cast(Any, Tensor).__array__(self, *args, **kwargs)
 
 
 class BoundParameter(_Exposing, nn.Parameter):

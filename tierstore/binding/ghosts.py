@@ -93,9 +93,9 @@ class _Reading:
         same = value.shape == self.shape and value.dtype == self.dtype and value.device == self.device
         if not same:
             raise ModuleError(
-                f"a weight of shape {tuple(self.shape)} and dtype {self.dtype} on {self.device} is offloaded and cannot "
-                f"become {tuple(value.shape)}, {value.dtype} on {value.device}: close the session, change the module, "
-                f"and offload it again"
+                f"a weight of shape {tuple(self.shape)} and dtype {self.dtype} on {self.device} is offloaded "
+                f"and cannot become {tuple(value.shape)}, {value.dtype} on {value.device}: close the session, change "
+                f"the module, and offload it again"
             )
         if value is not self:
             self.detach().copy_(value)
@@ -121,7 +121,7 @@ class _Reading:
         return memo[id(self)]
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        return _plain(self).__reduce_ex__(protocol)
+        return cast(Any, _plain(self)).__reduce_ex__(protocol)
 
     def __repr__(self: Any, *, tensor_contents: Any = None) -> str:
         return repr(_plain(self))
@@ -139,7 +139,7 @@ class _Reading:
         raise _no_memory("share_memory_()", self)
 
 
-class GhostTensor(_Reading, Tensor):
+class GhostTensor(_Reading, Tensor):  # type: ignore[misc]  # torch's stubs are narrower than torch
     """A buffer, or a view of any offloaded tensor."""
 
     @staticmethod
@@ -150,7 +150,7 @@ class GhostTensor(_Reading, Tensor):
         """All is done in ``__new__``: a tensor's metadata is fixed when it is made."""
 
 
-class GhostParameter(_Reading, nn.Parameter):
+class GhostParameter(_Reading, nn.Parameter):  # type: ignore[misc]  # as above
     """An offloaded parameter."""
 
     def __new__(cls, view: View, requires_grad: bool = True) -> GhostParameter:

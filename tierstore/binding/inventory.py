@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tierstore.errors import ModuleError
@@ -69,8 +70,9 @@ class Span:
 def find_entries(root: nn.Module, *, elsewhere: Collection[str] = ()) -> list[Entry]:
     """Every distinct parameter and buffer below ``root``, in registration order.
 
-    Tensors on meta must be named in ``elsewhere``: their values are in a store. Wrapper subclasses are followed to the plain tensors inside them. Raises ``ModuleError`` for
-    tensors without values (meta, uninitialized).
+    Tensors on meta must be named in ``elsewhere``: their values are in a store. Wrapper subclasses are
+    followed to the plain tensors inside them. Raises ``ModuleError`` for tensors without values (meta,
+    uninitialized).
     """
     entries: dict[int, Entry] = {}
     for module_name, module in root.named_modules():
@@ -94,8 +96,8 @@ def find_entries(root: nn.Module, *, elsewhere: Collection[str] = ()) -> list[En
 
 
 def _add(entries: dict[int, Entry], name: str, tensor: Tensor, location: Location, reason: str) -> None:
-    if is_traceable_wrapper_subclass(tensor):
-        inner_names, _ = tensor.__tensor_flatten__()
+    if _is_wrapper(tensor):
+        inner_names, _ = cast(Any, tensor).__tensor_flatten__()
         for inner in inner_names:
             if inner not in tensor.__dict__:
                 reason = reason or f"its class {type(tensor).__name__} does not hold {inner!r} as a plain attribute"
@@ -108,6 +110,10 @@ def _add(entries: dict[int, Entry], name: str, tensor: Tensor, location: Locatio
     if entry is None:
         entry = entries[id(tensor)] = Entry(name, tensor, stays=reason or _why_it_stays(name, tensor))
     entry.locations.append(location)
+
+
+def _is_wrapper(tensor: Tensor) -> bool:
+    return bool(is_traceable_wrapper_subclass(tensor))
 
 
 def _held_in_lists(module: nn.Module) -> Iterator[tuple[Location, Tensor]]:
@@ -127,7 +133,7 @@ def _held_in_lists(module: nn.Module) -> Iterator[tuple[Location, Tensor]]:
 
 
 def _why_it_stays(name: str, tensor: Tensor) -> str:
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if isinstance(tensor, UninitializedTensorMixin):
         raise ModuleError(f"{name} is not initialized yet: run the lazy module once, then offload it")
     if tensor.layout is not torch.strided:
         return f"its layout is {tensor.layout}"
@@ -187,6 +193,6 @@ def find_spans(entries: list[Entry]) -> list[Span]:
 
 def _covered(tensor: Tensor) -> tuple[int, int]:
     """The bytes of its storage that a strided tensor touches, as ``[start, end)``."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
-    start = tensor.storage_offset() * tensor.itemsize
+    last = sum((int(size) - 1) * int(step) for size, step in zip(tensor.size(), tensor.stride(), strict=True))
+    start = int(tensor.storage_offset()) * tensor.itemsize
     return start, start + (last + 1) * tensor.itemsize
