@@ -35,7 +35,8 @@ class Checkpoint:
 
     ``pieces``, by name of parameter or persistent buffer (``named_parameters()``, so a tied weight has one
     name), cover the contiguous tensor exactly once; ``ready`` holds the values of all other parameters and
-    buffers, on the CPU. ``notes`` say what was converted, computed or left out, and why.
+    buffers, on the CPU. ``notes`` say what was converted or left out, and why. ``path`` is the folder with
+    config and tokenizer; ``written_nbytes`` is what opening wrote to disk.
     """
 
     module: torch.nn.Module
@@ -43,6 +44,8 @@ class Checkpoint:
     store: Store
     ready: Mapping[str, torch.Tensor]
     notes: tuple[str, ...]
+    path: Path
+    written_nbytes: int = 0
 
 
 def open_checkpoint(
@@ -58,7 +61,7 @@ def open_checkpoint(
 
     ``dtype`` None or ``"auto"`` is the checkpoint's own, as from_pretrained has it: config.json's, else that of
     the first floating tensor. ``model_class`` None is ``AutoModelForCausalLM``, or what ``config.architectures``
-    names if that generates no text. Where weights need arithmetic (a cast, a transposition) beyond 16 MiB in
+    names if that is no decoder of text. Where weights need arithmetic (a cast, a transposition) beyond 16 MiB in
     all, they are converted once into a file below ``store_dir``, of at most ``nvme`` bytes, and found there the
     next time. Nothing is fetched from the network and no pickle is loaded.
 
@@ -67,8 +70,9 @@ def open_checkpoint(
     """
     path = Path(path)
     notes: list[str] = []
-    if path.suffix == ".gguf":
-        path, note = import_gguf(path, dtype=dtype, model_class=model_class, store_dir=store_dir, nvme=nvme)
+    written = 0
+    if path.suffix.lower() == ".gguf":
+        path, written, note = import_gguf(path, dtype=dtype, model_class=model_class, store_dir=store_dir, nvme=nvme)
         dtype, notes = None, [note]
     config = read_config(path, model_class, trust_remote_code)
     store = SafetensorsStore(path / (getattr(config, "transformers_weights", None) or ""))
@@ -82,7 +86,7 @@ def open_checkpoint(
             ready = {name: materialise(traced.placed[name]) for name in arithmetic}
             pieces = _pieces({name: made for name, made in runs.items() if name not in arithmetic}, {}, 0)
             notes += [f"converted in memory: {line}" for line in why]
-            return Checkpoint(traced.module, pieces, store, {**traced.ready, **ready}, tuple(notes))
+            return Checkpoint(traced.module, pieces, store, {**traced.ready, **ready}, tuple(notes), path, written)
         if store_dir is None:
             raise CheckpointError(_refusal(path, arithmetic, why))
         tensors = {
@@ -91,12 +95,12 @@ def open_checkpoint(
             for number, source in enumerate(sources)
         }
         file, fingerprint = _place_for(path, store_dir, store, tensors)
-        made = converted_store(file, tensors, fingerprint, nvme=nvme)
+        made, more = converted_store(file, tensors, fingerprint, nvme=nvme)
         where = {source: made.pieces(name)[0] for name, source in tensors.items()}
         notes += [f"converted to {str(file)!r}: {line}" for line in why]
         joined = JoinedStore(store, len(store.paths), made)
         pieces = _pieces(runs, where, len(store.paths))
-        return Checkpoint(traced.module, pieces, joined, traced.ready, tuple(notes))
+        return Checkpoint(traced.module, pieces, joined, traced.ready, tuple(notes), path, written + more)
     except BaseException:
         store.close()
         raise

@@ -20,20 +20,21 @@ _KEY = "tierstore"
 
 def converted_store(
     file: Path, tensors: Mapping[str, Computed], fingerprint: str, *, nvme: int | None = None
-) -> SafetensorsStore:
+) -> tuple[SafetensorsStore, int]:
     """A store of ``tensors`` at ``file``: the one that is there if it has this ``fingerprint``, else written anew.
+    And the bytes written.
 
     One tensor is in memory at a time, with what it is made of. ``nvme`` bounds the bytes written. Raises
     ``StoreFullError``, ``StoreBusyError`` while another process writes there, and what reading the sources raises.
     """
     if (found := _existing(file, fingerprint)) is not None:
-        return found
+        return found, 0
     with only_writer(file.parent):
         need = sum(tensor.nbytes for tensor in tensors.values())
         require_room(file.parent, need, nvme, what=f"{len(tensors)} converted tensors")
         with written_whole(file) as part:
             _write(part, tensors, fingerprint)
-    return SafetensorsStore(file)
+    return SafetensorsStore(file), file.stat().st_size
 
 
 def _existing(file: Path, fingerprint: str) -> SafetensorsStore | None:

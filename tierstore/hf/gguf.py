@@ -26,8 +26,8 @@ def import_gguf(
     model_class: type | None = None,
     store_dir: Path | None = None,
     nvme: int | None = None,
-) -> tuple[Path, str]:
-    """The folder of the imported checkpoint (weights, config, tokenizer), and a note that says what was done.
+) -> tuple[Path, int, str]:
+    """The folder of the imported checkpoint (weights, config, tokenizer), the bytes written, and a note.
 
     It lies in ``<name>.tierstore/<dtype>`` beside the file, or below ``store_dir``, appears only when it is whole,
     and is used again while the file stays the same. ``dtype`` None or ``"auto"`` is what transformers' loader
@@ -39,7 +39,7 @@ def import_gguf(
     seal = _seal_of(file, wanted, model_class)
     folder = (store_dir or file.resolve().parent) / f"{file.name}.tierstore" / wanted
     if _is_sealed(folder, seal):
-        return folder, f"{str(file)!r} was imported to {str(folder)!r} before"
+        return folder, 0, f"{str(file)!r} was imported to {str(folder)!r} before"
     with only_writer(folder.parent):
         model, tokenizer = _load(file, wanted, model_class)
         need = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
@@ -50,7 +50,8 @@ def import_gguf(
                 tokenizer.save_pretrained(part)
             (part / _SEAL).write_text(seal)
     held = str(model.dtype).removeprefix("torch.")
-    return folder, f"{str(file)!r} was imported to {str(folder)!r} once: weights dequantized to {held}"
+    written = sum(made.stat().st_size for made in folder.iterdir())
+    return folder, written, f"{str(file)!r} was imported to {str(folder)!r} once: weights dequantized to {held}"
 
 
 def _load(file: Path, dtype: str, model_class: type | None) -> tuple[Any, Any]:

@@ -43,6 +43,10 @@ class Traced:
 def read_config(path: Path, model_class: type | None, trust_remote_code: bool) -> Any:
     """The configuration of the checkpoint at folder ``path``. Raises ``CheckpointError``."""
     where = path / "config.json"
+    if path.is_file():
+        raise CheckpointError(
+            f"{str(path)!r} is a file, a folder with a transformers checkpoint or a .gguf file is needed: give its folder"
+        )
     try:
         table = json.loads(where.read_text("utf-8"))
     except FileNotFoundError:
@@ -154,7 +158,8 @@ def _refuse_quantized(path: Path, config: Any) -> None:
 def _class_for(path: Path, config: Any, wanted: type | None, trust_remote_code: bool) -> tuple[Any, Any]:
     """The class to build, and the part of the configuration it is for.
 
-    Without ``wanted``: what AutoModelForCausalLM takes, unless ``architectures`` names a class that generates no text.
+    Without ``wanted``: what AutoModelForCausalLM takes, unless ``architectures`` names a class that generates no text,
+    or generates it with an encoder.
     """
     auto: Any = wanted or transformers.AutoModelForCausalLM
     if not hasattr(auto, "_model_mapping"):
@@ -167,7 +172,8 @@ def _class_for(path: Path, config: Any, wanted: type | None, trust_remote_code: 
     names = getattr(config, "architectures", None) or [""]
     named = getattr(transformers, names[0], None)
     known = type(config) in auto._model_mapping
-    if wanted is None and named is not None and not (known and named.can_generate()):
+    causal = known and not config.is_encoder_decoder
+    if wanted is None and named is not None and not (causal and named.can_generate()):
         return named, config
     if wanted is None and not known:
         auto = transformers.AutoModel
