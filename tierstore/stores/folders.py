@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from tierstore.contracts import Buffer
 from tierstore.errors import (
     StoreBusyError,
     StoreError,
@@ -21,8 +22,10 @@ from tierstore.errors import (
     StoreIncompleteError,
     StoreMismatchError,
 )
+from tierstore.stores.durable import sync, write_data, write_text
 from tierstore.stores.json_files import read_bytes, strict_json
 from tierstore.stores.reader import open_regular
+from tierstore.stores.workers import buffer_address
 from tierstore.tensors import ITEMSIZE, TensorSpec
 
 LOCK = ".tierstore.lock"
@@ -33,6 +36,10 @@ NEW = ".new"
 """Ends the name of a file that will replace another one."""
 LAYOUT = 1
 _MAX_DOCUMENT = 64 << 20
+
+
+Source = Buffer | Callable[[], Buffer]
+"""A tensor's bytes in host memory, or what makes them when it is their turn, so that not all are needed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +183,29 @@ def find_stored(root: Path, fingerprint: str | None) -> Stored | None:
             "give another folder as store=, or delete that one"
         )
     return stored
+
+
+def write_group(root: Path, stored: Stored, sources: Sequence[Source]) -> Stored:
+    """Write a whole group: its last steps are the manifest and its name."""
+    group = root / PARTIAL
+    group.mkdir()
+    arrays: list[StoredArray] = []
+    written: list[Path] = []
+    for array, source in zip(stored.arrays, sources, strict=True):
+        folder = group / array.folder
+        (folder / "c").mkdir(parents=True)
+        data = source() if callable(source) else source
+        buffer_address(data, array.spec.nbytes)
+        arrays.append(replace(array, crcs=(write_data(folder / "c" / "0", data),)))
+        write_text(folder / "zarr.json", arrays[-1].document())
+        written += (folder / "c" / "0", folder / "c", folder / "zarr.json", folder)
+    whole = replace(stored, arrays=tuple(arrays))
+    sync(written)
+    write_text(group / "zarr.json", whole.document())
+    sync([group / "zarr.json", group])
+    os.rename(group, root / GROUP)
+    sync([root, root.parent])
+    return whole
 
 
 def delete_group(root: Path, arrays: Iterable[StoredArray]) -> None:

@@ -168,11 +168,10 @@ def parse_header(raw: bytes, file_nbytes: int, *, where: str) -> Header:
 
     Raises ``StoreFormatError`` for anything malformed, and for nothing else."""
     start = 8 + len(raw)
+    if not raw.startswith(b"{"):
+        raise StoreFormatError(f"the header of {where!r} starts with {raw[:1]!r}, b'{{' is needed: fetch it again")
     table = strict_json(raw, f"the header of {where!r}")
-    if not isinstance(table, dict):
-        raise StoreFormatError(
-            f"the header of {where!r} is a JSON {kind_of(table)}, an object is needed: fetch it again"
-        )
+    assert isinstance(table, dict)
     metadata = _text_map(table.pop("__metadata__", {}), f"__metadata__ of {where!r}")
     found = [_entry(name, value, file_nbytes - start, where) for name, value in table.items()]
     found.sort(key=lambda item: (item[1].offset, item[1].end))
@@ -294,10 +293,10 @@ def _read_index(path: Path) -> dict[str, str]:
     for name, shard in index.items():
         _check_name(name, f"tensor {name!r} of {str(path)!r}")
         # Only plain names: the files of a checkpoint lie beside its index. A link there may lead where it likes.
-        if shard in ("", ".", "..") or any(bad in shard for bad in "/\\\0"):
+        if shard in ("", ".", "..") or len(shard) > 255 or any(bad in shard for bad in "/\\\0"):
             raise StoreFormatError(
-                f"index {str(path)!r} sends tensor {name!r} to {shard!r}, a file name beside the index is needed: "
-                "do not trust this checkpoint"
+                f"index {str(path)!r} sends tensor {_short(name)} to {_short(shard)}, a file name beside the index "
+                "is needed: do not trust this checkpoint"
             )
     for shard in sorted(set(index.values())):
         if shard.endswith(_PICKLES):

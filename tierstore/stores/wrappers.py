@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from time import perf_counter
 
 from tierstore.contracts import Fence, ReadRequest, Store
@@ -110,14 +109,13 @@ class FailingStore(_Wrapped):
 class _Failed:
     def __init__(self, inner: Fence, request: ReadRequest) -> None:
         self._inner = inner
-        self._request = replace(request)
+        self._file, self._extent = request.file, request.extent
         self.done = inner.done
 
     def wait(self) -> None:
         self._inner.wait()
-        extent = self._request.extent
         raise StoreReadError(
-            f"reading file number {self._request.file} at byte {extent.offset}: wanted {extent.nbytes} bytes, got 0: "
+            f"reading file number {self._file} at byte {self._extent.offset}: wanted {self._extent.nbytes}, got 0: "
             "this store was told to fail here: change fail_on"
         )
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,21 +28,19 @@ from tierstore.stores.durable import CHUNK, crc32c, store_errors, sync, write_da
 from tierstore.stores.folders import (
     GROUP,
     NEW,
-    PARTIAL,
     FolderLock,
+    Source,
     Stored,
     StoredArray,
     claim,
     delete_group,
     find_stored,
     unique_arrays,
+    write_group,
 )
 from tierstore.stores.reader import Reader
 from tierstore.stores.workers import PAGE, ReadFence, Workers, buffer_address, view_of
 from tierstore.tensors import Piece, TensorSpec
-
-Source = Buffer | Callable[[], Buffer]
-"""A tensor's bytes in host memory, or what makes them when it is their turn, so that not all are needed at once."""
 
 
 class SpillStore:
@@ -113,7 +111,7 @@ class SpillStore:
                 mine = True
                 if old is not None:
                     delete_group(root, old.arrays)
-                stored = _write_group(root, stored, [source for _, source in items])
+                stored = write_group(root, stored, [source for _, source in items])
                 store = cls(root, stored, lock, made_root=made_root, limit_nbytes=limit_nbytes, threads=threads)
             except BaseException:
                 with suppress(OSError):  # what went wrong first is what to tell
@@ -300,29 +298,6 @@ class _Check:
         self.fence.started = self.read.started
         for number in self.files:
             self.store.check(number, self.requests)
-
-
-def _write_group(root: Path, stored: Stored, sources: Sequence[Source]) -> Stored:
-    """Write a whole group: its last steps are the manifest and its name."""
-    group = root / PARTIAL
-    group.mkdir()
-    arrays: list[StoredArray] = []
-    written: list[Path] = []
-    for array, source in zip(stored.arrays, sources, strict=True):
-        folder = group / array.folder
-        (folder / "c").mkdir(parents=True)
-        data = source() if callable(source) else source
-        buffer_address(data, array.spec.nbytes)
-        arrays.append(replace(array, crcs=(write_data(folder / "c" / "0", data),)))
-        write_text(folder / "zarr.json", arrays[-1].document())
-        written += (folder / "c" / "0", folder / "c", folder / "zarr.json", folder)
-    whole = replace(stored, arrays=tuple(arrays))
-    sync(written)
-    write_text(group / "zarr.json", whole.document())
-    sync([group / "zarr.json", group])
-    os.rename(group, root / GROUP)
-    sync([root, root.parent])
-    return whole
 
 
 def _spec_of(entry: TensorSpec | str, source: Source) -> TensorSpec:
