@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tierstore.budget import Budget, format_nbytes
-from tierstore.errors import CheckpointError, DeviceError, TierstoreError
+from tierstore.errors import CheckpointError, DeviceError, StoreReadError, TierstoreError
 
 try:
     import typer
@@ -77,10 +78,12 @@ def generate(
         )
         with opened as session:
             progress.follow(session)
-            tokenizer = _tokenizer(session.checkpoint_path, trust_remote_code)
-            inputs = {name: value.to(session.device) for name, value in _encode(tokenizer, prompt, chat).items()}
+            tokenizer = _tokenizer(session.checkpoint_path or checkpoint, trust_remote_code)
+            model: Any = session.module
+            where = next(model.parameters()).device
+            inputs = {name: value.to(where) for name, value in _encode(tokenizer, prompt, chat).items()}
             torch.manual_seed(seed)
-            written = session.module.generate(
+            written = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
@@ -95,13 +98,67 @@ def generate(
         print(f"\n{report}", file=sys.stderr)
 
 
+@app.command()
+def info(
+    path: Annotated[Path | None, typer.Argument(help="A file, or a folder of files, on the disk to measure.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+) -> None:
+    """Say what this machine has: memory and caps, GPUs, link speeds, GPUDirect Storage, pinnable memory."""
+    import torch
+
+    from tierstore.machine import inspect_machine, measure_links
+
+    machine = inspect_machine(path)
+    sample = None if path is None else _largest_file(path)
+    links = measure_links(sample, torch.device("cuda", machine.gpus[0].index) if machine.gpus else torch.device("cpu"))
+    if as_json:
+        print(json.dumps({"machine": asdict(machine), "links": asdict(links)}))
+        return
+    cap = machine.cgroup_limit_nbytes
+    rows = [
+        ("RAM", f"{format_nbytes(machine.ram_nbytes)}, {format_nbytes(machine.ram_available_nbytes)} available"),
+        ("memory cap", "none" if cap is None else f"{format_nbytes(cap)} (cgroup)"),
+        *(
+            (
+                f"GPU {gpu.index}",
+                f"{gpu.name}, {format_nbytes(gpu.total_nbytes)}, {format_nbytes(gpu.free_nbytes)} free",
+            )
+            for gpu in machine.gpus
+        ),
+        ("pinnable", f"{format_nbytes(machine.pinnable_nbytes)}"),
+        ("disk to RAM", f"{format_nbytes(links.disk)}/s, measured on {sample or 'a temporary file'}"),
+        ("RAM to RAM", f"{format_nbytes(links.memcpy)}/s"),
+        ("GPUDirect", machine.gds if machine.gds == "real" else f"falls back to RAM: {machine.gds}"),
+    ]
+    if machine.gpus:
+        rows.insert(-1, (f"RAM to GPU {machine.gpus[0].index}", f"{format_nbytes(links.device)}/s, pinned"))
+    else:
+        rows.insert(2, ("GPU", "none that torch can use"))
+    for name, value in rows:
+        print(f"{name:<14}{value}")
+
+
+def _largest_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    files = [file for file in path.rglob("*") if file.is_file()]
+    if not files:
+        raise StoreReadError(f"{path} holds no file to read, so its disk cannot be measured: name a large file")
+    return max(files, key=lambda file: file.stat().st_size)
+
+
 class _Progress:
     """A line on stderr, on a terminal, until the first text comes: what the first pass has read so far."""
 
     def __init__(self) -> None:
         self._session: Session | None = None
         # Live asks for the line from a thread of its own, so nothing here has to poll.
-        self._live = Live(get_renderable=self._line, console=Console(stderr=True), transient=True, refresh_per_second=4)
+        self._live = Live(
+            get_renderable=self.line,
+            console=Console(stderr=True, highlight=False),
+            transient=True,
+            redirect_stdout=False,
+        )
 
     def __enter__(self) -> _Progress:
         self._live.start()
@@ -117,7 +174,8 @@ class _Progress:
         """Take the line away. Idempotent."""
         self._live.stop()
 
-    def _line(self) -> str:
+    def line(self) -> str:
+        """What there is to say now."""
         if self._session is None:
             return "opening the checkpoint"
         report = self._session.report()
@@ -142,7 +200,9 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder} has no tokenizer that transformers can load ({error}): put its tokenizer files there"
