@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import StrEnum
 
 from tierstore.errors import BudgetError
@@ -34,7 +35,7 @@ class Tier(StrEnum):
 def parse_nbytes(value: int | str, *, what: str = "size") -> int:
     """Bytes from an int or from text such as ``"8GiB"`` (2**30), ``"8GB"`` (10**9), ``"512MiB"``.
 
-    Raises ``BudgetError`` for anything else: negative, fractional bytes, booleans, unknown units.
+    Fractions of a unit are rounded down to bytes. Raises ``BudgetError`` for anything else: negative, fractional bytes, booleans, unknown units.
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise BudgetError(
@@ -48,10 +49,10 @@ def parse_nbytes(value: int | str, *, what: str = "size") -> int:
     unit = match.group(2).lower() if match else None
     if match is None or unit not in _UNITS:
         raise BudgetError(f"{what} is {value!r}: write a number and a unit, such as '8GiB', '8GB' or '512MiB'")
-    nbytes = float(match.group(1)) * _UNITS[unit] if "." in match.group(1) else int(match.group(1)) * _UNITS[unit]
-    if nbytes != int(nbytes):
+    number, scale = match.group(1), _UNITS[unit]
+    if "." in number and scale == 1:
         raise BudgetError(f"{what} is {value!r}, which is not a whole number of bytes")
-    return int(nbytes)
+    return int(Decimal(number) * scale)
 
 
 def format_nbytes(nbytes: float) -> str:

@@ -7,6 +7,12 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import chain, groupby, islice
 
+WINDOW = 8
+"""How many steps ahead of the cursor (at most half a cycle) a visit still counts as the same stretch, reordered."""
+
+PATIENCE = 4
+"""How many visits out of turn the cursor waits for the unit it expects, before it goes past them."""
+
 RECORD_LIMIT = 1_000_000
 """Visits kept of one pass; a longer pass is followed but not learnt."""
 
@@ -22,6 +28,7 @@ class Order:
         self._sequence: tuple[str, ...] = ()
         self._positions: dict[str, list[int]] = {}
         self._cursor = 0
+        self._seen: set[int] = set()  # positions ahead of the cursor that were visited out of turn
         self._last: str | None = None
         self._record: list[str] = []
         self._missed = False
@@ -41,8 +48,9 @@ class Order:
     def visit(self, unit: str) -> bool:
         """Note that ``unit`` is used now; whether that was expected.
 
-        Expected is the unit at the cursor, or the unit of the visit before. After a miss the cursor
-        stands just after the next occurrence of ``unit`` ahead, or where it was if there is none.
+        Expected is the unit at the cursor, or the unit of the visit before. A visit a few steps ahead is
+        out of turn: the cursor waits for the unit it stands at, up to ``PATIENCE`` such visits. After a
+        visit farther ahead, or when patience ends, the cursor stands just after what was visited.
         """
         if unit == self._last:
             return True
@@ -52,11 +60,13 @@ class Order:
             self._overflowed = True
         steps = self.distance(unit)
         # A cycle may end with the unit that begins it: when passes are not told apart, the two merge into one visit.
-        wrapped = self._last is not None and self.distance(self._last) == 0
+        wrapped = self._last is not None and steps == 1 and self.distance(self._last) == 0
         self._last = unit
-        expected = steps == 0 or (wrapped and steps == 1)
-        if steps != sys.maxsize:
-            self._cursor = (self._cursor + steps + 1) % len(self._sequence)
+        expected = steps == 0 or wrapped
+        if expected:
+            self._go(steps + 1)
+        elif steps != sys.maxsize:
+            self._out_of_turn(steps)
         self._missed = self._missed or not expected
         return expected
 
@@ -66,7 +76,7 @@ class Order:
         It does when a visit was a miss, or when the pass ended before the end of a cycle. A pass without visits,
         or one longer than ``RECORD_LIMIT`` visits, changes nothing. The cursor is at 0 afterwards.
         """
-        wrong = self._missed or self._cursor != 0
+        wrong = self._missed or self._cursor != 0 or bool(self._seen)
         learnt = wrong and not self._overflowed and bool(self._record)
         if learnt:
             self._learn(self._record)
@@ -77,6 +87,7 @@ class Order:
     def drop_pass(self) -> None:
         """Forget the pass so far, which broke off: nothing is learnt from it, the cursor goes to 0."""
         self._cursor = 0
+        self._seen.clear()
         self._last = None
         self._record = []
         self._missed = False
@@ -84,17 +95,37 @@ class Order:
 
     def upcoming(self) -> Iterator[str]:
         """The units expected next, in order: one full cycle from the cursor as it stands now."""
-        return chain(islice(self._sequence, self._cursor, None), islice(self._sequence, self._cursor))
+        cycle = chain(range(self._cursor, len(self._sequence)), range(self._cursor))
+        return (self._sequence[position] for position in cycle if position not in self._seen)
 
     def distance(self, unit: str) -> int:
         """Steps until the next expected use of ``unit``: 0 is next, ``sys.maxsize`` is never."""
         positions = self._positions.get(unit)
         if positions is None:
             return sys.maxsize
-        index = bisect_left(positions, self._cursor)
-        if index < len(positions):
-            return positions[index] - self._cursor
-        return positions[0] + len(self._sequence) - self._cursor
+        first = bisect_left(positions, self._cursor)
+        for position in chain(islice(positions, first, None), islice(positions, first)):
+            if position not in self._seen:
+                return (position - self._cursor) % len(self._sequence)
+        return len(self._sequence) + (positions[first % len(positions)] - self._cursor) % len(self._sequence)
+
+    def _out_of_turn(self, steps: int) -> None:
+        position = (self._cursor + steps) % len(self._sequence)
+        if steps <= min(WINDOW, len(self._sequence) // 2) and len(self._seen) < PATIENCE:
+            self._seen.add(position)
+        else:
+            farthest = max([steps, *((p - self._cursor) % len(self._sequence) for p in self._seen)])
+            self._seen.clear()
+            self._go(farthest + 1)
+
+    def _go(self, steps: int) -> None:
+        """Move the cursor ahead, and past what was visited out of turn."""
+        for _ in range(steps):
+            self._seen.discard(self._cursor)
+            self._cursor = (self._cursor + 1) % len(self._sequence)
+        while self._cursor in self._seen:
+            self._seen.discard(self._cursor)
+            self._cursor = (self._cursor + 1) % len(self._sequence)
 
     def _learn(self, sequence: Sequence[str]) -> None:
         self._sequence = tuple(sequence)

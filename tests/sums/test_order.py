@@ -20,34 +20,61 @@ def merged(units: list[str]) -> list[str]:
 
 
 class NaiveOrder:
-    """The same rules by scanning, without an index."""
+    """The same rules by rotating a list: what is ahead, nearest first, each with whether it was seen out of turn."""
 
     def __init__(self, sequence: list[str]) -> None:
         self.sequence = merged(sequence)
         self.start()
 
     def start(self) -> None:
-        self.cursor = 0
+        self.ring = [(unit, False) for unit in self.sequence]
+        self.steps = 0
         self.visits: list[str] = []
         self.missed = False
 
+    @property
+    def cursor(self) -> int:
+        return self.steps % len(self.sequence) if self.sequence else 0
+
+    def turn(self, count: int) -> None:
+        for _ in range(count):
+            unit, _ = self.ring.pop(0)
+            self.ring.append((unit, False))
+            self.steps += 1
+
     def ahead(self) -> list[str]:
-        return self.sequence[self.cursor :] + self.sequence[: self.cursor]
+        return [unit for unit, seen in self.ring if not seen]
+
+    def distance(self, unit: str) -> int:
+        if (unit, False) in self.ring:
+            return self.ring.index((unit, False))
+        if (unit, True) in self.ring:
+            return len(self.ring) + self.ring.index((unit, True))
+        return sys.maxsize
 
     def visit(self, unit: str) -> bool:
         last = self.visits[-1] if self.visits else None
         self.visits.append(unit)
         if last == unit:
             return True
-        ahead = self.ahead()
-        if unit in ahead:
-            self.cursor = (self.cursor + ahead.index(unit) + 1) % len(self.sequence)
-        expected = ahead[:1] == [unit] or ahead[:2] == [last, unit]
+        steps = self.distance(unit)
+        expected = steps == 0 or (steps == 1 and last is not None and self.distance(last) == 0)
+        if expected:
+            self.turn(steps + 1)
+        elif steps != sys.maxsize:
+            seen = [index for index, (_, flag) in enumerate(self.ring) if flag]
+            if steps <= min(order_module.WINDOW, len(self.ring) // 2) and len(seen) < order_module.PATIENCE:
+                self.ring[steps % len(self.ring)] = (unit, True)
+            else:
+                self.ring = [(u, False) for u, _ in self.ring]
+                self.turn(max([steps, *seen]) + 1)
+        while any(flag for _, flag in self.ring) and self.ring[0][1]:
+            self.turn(1)
         self.missed = self.missed or not expected
         return expected
 
     def end_pass(self) -> bool:
-        replaced = bool(self.visits) and (self.missed or self.cursor != 0)
+        replaced = bool(self.visits) and (self.missed or self.cursor != 0 or len(self.ahead()) != len(self.ring))
         if replaced:
             self.sequence = merged(self.visits)
         self.start()
@@ -67,7 +94,7 @@ def test_agrees_with_a_naive_order(sequence: list[str], steps: list[str]) -> Non
         ahead = naive.ahead()
         assert list(order.upcoming()) == ahead
         for unit in "abcd":
-            assert order.distance(unit) == (ahead.index(unit) if unit in ahead else sys.maxsize)
+            assert order.distance(unit) == naive.distance(unit)
 
 
 @given(sequence=SEQUENCES.filter(bool), passes=st.integers(1, 4), tell=st.booleans(), repeat=st.integers(1, 3))
@@ -139,3 +166,20 @@ def test_a_pass_without_end_is_followed_but_not_kept(monkeypatch: pytest.MonkeyP
         assert order.visit("c")
     assert not order.end_pass()
     assert (order.sequence, order.cursor) == (("a", "b", "c"), 0)
+
+
+def test_another_order_within_a_stretch_does_not_lose_the_place() -> None:
+    order = Order("nAmBoCpD")
+    for unit in "AnBmCoDp":
+        order.visit(unit)
+        assert order.distance(unit) > 4
+    assert order.cursor == 0
+    assert order.end_pass()
+    assert "".join(order.sequence) == "AnBmCoDp"
+
+
+def test_a_stretch_that_is_left_out_is_left_behind() -> None:
+    order = Order("abcdefghijklmnop")
+    for unit in "aghijkl":
+        order.visit(unit)
+    assert next(order.upcoming()) == "m"
