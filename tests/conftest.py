@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,25 +14,16 @@ from typing import Any, cast
 import pytest
 import torch
 
+from tierstore.machine import gds_is_real
+
 torch.set_num_threads(1)
-
-
-def real_gds() -> bool:
-    """Whether reads can go from the disk to the GPU without a bounce buffer."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        import kvikio.cufile_driver
-    except ImportError:
-        return False
-    return bool(kvikio.cufile_driver.get("is_gds_available"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = {}
     if not torch.cuda.is_available():
         missing["cuda"] = "torch finds no CUDA GPU here"
-    if any(item.get_closest_marker("gds") for item in items) and not real_gds():
+    if any(item.get_closest_marker("gds") for item in items) and not gds_is_real(tempfile.gettempdir()):
         missing["gds"] = "no real GPUDirect Storage here"
     for item in items:
         for marker, reason in missing.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import tomllib
+from pathlib import Path
 
 import tierstore
 from tierstore import errors
@@ -32,6 +34,11 @@ def test_public_names() -> None:
     named = {name for name in tierstore.__all__ if not name.endswith("Error") and name != "errors"}
     assert sorted(named) == PUBLIC
     assert all(hasattr(tierstore, name) for name in tierstore.__all__)
+
+
+def test_version_is_the_one_that_is_built() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert tierstore.__version__ == project["version"]
 
 
 def test_error_tree() -> None:
