@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, groupby, islice
 
 WINDOW = 8
-"""How many steps ahead of the cursor (at most half a cycle) a visit still counts as the same stretch, reordered."""
+"""How many steps ahead of the cursor (and below half a cycle) a visit still counts as the same stretch, reordered."""
 
 PATIENCE = 4
 """How many visits out of turn the cursor waits for the unit it expects, before it goes past them."""
@@ -111,7 +111,7 @@ class Order:
 
     def _out_of_turn(self, steps: int) -> None:
         position = (self._cursor + steps) % len(self._sequence)
-        if steps <= min(WINDOW, len(self._sequence) // 2) and len(self._seen) < PATIENCE:
+        if steps < min(WINDOW, len(self._sequence) // 2) and len(self._seen) < PATIENCE:
             self._seen.add(position)
         else:
             farthest = max([steps, *((p - self._cursor) % len(self._sequence) for p in self._seen)])

@@ -63,7 +63,7 @@ class NaiveOrder:
             self.turn(steps + 1)
         elif steps != sys.maxsize:
             seen = [index for index, (_, flag) in enumerate(self.ring) if flag]
-            if steps <= min(order_module.WINDOW, len(self.ring) // 2) and len(seen) < order_module.PATIENCE:
+            if steps < min(order_module.WINDOW, len(self.ring) // 2) and len(seen) < order_module.PATIENCE:
                 self.ring[steps % len(self.ring)] = (unit, True)
             else:
                 self.ring = [(u, False) for u, _ in self.ring]
