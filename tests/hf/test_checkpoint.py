@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,51 @@ def test_opening_neither_writes_nor_draws_random_numbers(tmp_path: Path, opened:
     assert opened(tmp_path).written_nbytes == 0
     assert torch.equal(torch.rand(4), want)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+OWN_CODE = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.extra = torch.nn.Linear(64, 64)
+        self.post_init()
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits + self.extra.weight.sum()
+        return out
+"""
+
+
+def test_code_of_its_own_runs_when_asked(tmp_path: Path, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "transformers_modules", raising=False)
+    folder = save(tiny("LlamaForCausalLM"), tmp_path / "model")
+    file = folder / "model.safetensors"
+    extra = {"extra.weight": torch.randn(64, 64).to(torch.bfloat16), "extra.bias": torch.ones(64).to(torch.bfloat16)}
+    save_file({**load_file(file), **extra}, file, metadata={"format": "pt"})
+    (folder / "own.py").write_text(OWN_CODE)
+    change_config(
+        folder, model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    )
+    want = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    checkpoint = opened(folder, trust_remote_code=True)
+    assert type(checkpoint.module).__name__ == "OwnForCausalLM"
+    values = read_all(checkpoint)
+    assert differing(values, named_tensors(want)) == []
+    fill(checkpoint.module, values)
+    tokens = torch.arange(5).view(1, 5)
+    with torch.no_grad():
+        assert torch.equal(checkpoint.module(tokens).logits, want(tokens).logits)
 
 
 def change_config(folder: Path, **changes: Any) -> None:

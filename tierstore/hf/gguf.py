@@ -51,7 +51,8 @@ def import_gguf(
             (part / _SEAL).write_text(seal)
     held = str(model.dtype).removeprefix("torch.")
     written = sum(made.stat().st_size for made in folder.iterdir())
-    return folder, written, f"{str(file)!r} was imported to {str(folder)!r} once: weights dequantized to {held}"
+    note = f"{str(file)!r} was imported to {str(folder)!r} once: weights dequantized to {held}"
+    return folder, written, note + (", without a tokenizer: transformers could make none" if tokenizer is None else "")
 
 
 def _load(file: Path, dtype: str, model_class: type | None) -> tuple[Any, Any]:

@@ -45,7 +45,7 @@ def read_config(path: Path, model_class: type | None, trust_remote_code: bool) -
     where = path / "config.json"
     if path.is_file():
         raise CheckpointError(
-            f"{str(path)!r} is a file, a folder with a transformers checkpoint or a .gguf file is needed: give its folder"
+            f"{str(path)!r} is a file, the folder of a checkpoint or a .gguf file is needed: give the folder it is in"
         )
     try:
         table = json.loads(where.read_text("utf-8"))
