@@ -108,10 +108,10 @@ class Session:
 
         A module from ``load`` keeps its shapes; using its weights raises ``SessionClosedError``.
         """
-        finish, self._finish = self._finish, None
-        if finish is None:
+        if self._finish is None:
             return
         self._last_peaks = self._peaks()
+        finish, self._finish = self._finish, None
         self._ended = time.perf_counter()
         if self._engaged is not None:
             self._engaged.stop()
