@@ -1,7 +1,5 @@
 """tierstore: run models bigger than the GPU, or bigger than RAM, with the same numbers out."""
 
-from importlib.metadata import version as _version
-
 from tierstore import errors
 from tierstore.budget import Budget, Tier
 from tierstore.loading import load
@@ -10,6 +8,6 @@ from tierstore.plan import Plan
 from tierstore.report.report import Report
 from tierstore.session import Session
 
-__version__ = _version("tierstore")
+__version__ = "0.1.0"
 
 __all__ = ["Budget", "Plan", "Report", "Session", "Tier", "__version__", "errors", "load", "offload"]

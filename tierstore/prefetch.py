@@ -90,7 +90,11 @@ class Prefetcher:
         self._held: dict[str, _Held] = {}
         self._lock = RLock()
         self._closed = False
-        self.visited = 0
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Units passed in the pass under way, and units in a pass."""
+        return self._order.cursor, len(self._order.sequence)
 
     def start(self) -> None:
         """Begin to bring in what comes first."""
@@ -146,6 +150,18 @@ class Prefetcher:
                 lease.give_back(self._mark())
                 self._ledger.give(nbytes)
 
+    def resident(self, name: str) -> Lease:
+        """The lease of a resident unit, which it keeps; brought in now if need be. Says nothing about the order."""
+        with self._lock:
+            (held,) = self._hold([name])
+        try:
+            if not held.arrived:
+                self._arrive(name, held)
+        finally:
+            with self._lock:
+                self._unhold([name])
+        return held.lease
+
     def spoil(self, name: str) -> None:
         """The bytes of a streamed unit in memory are not the true ones: its next use brings them anew."""
         with self._lock:
@@ -169,7 +185,6 @@ class Prefetcher:
         """One pass over the model is over; the order is learnt from it if it differed."""
         with self._lock:
             self._order.end_pass()
-            self.visited = 0
             if not self._closed:
                 self._advance()
 
@@ -177,7 +192,6 @@ class Prefetcher:
         """The pass broke off: nothing is learnt from it."""
         with self._lock:
             self._order.drop_pass()
-            self.visited = 0
             if not self._closed:
                 self._advance()
 
@@ -191,7 +205,6 @@ class Prefetcher:
 
     def _visit(self, name: str) -> None:
         expected = self._order.visit(name)
-        self.visited += 1
         if not expected and name not in self._residents:
             self._record(Missed(name))
 

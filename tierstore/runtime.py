@@ -108,8 +108,7 @@ class Runtime:
     def fill(self) -> None:
         """Bring every resident in, and what rests in pinned memory, so that their stores may go."""
         for name in sorted(self.residents):
-            self.prefetcher.acquire([name])
-            self.prefetcher.release([name])
+            self.prefetcher.resident(name)
         if isinstance(self.feed, StagedFeed):
             for unit in self.units.values():
                 if self.plan.tier[unit.name] is Tier.RAM:
@@ -130,8 +129,7 @@ class Runtime:
 
     def slot(self, unit: str) -> Slot:
         """The memory of a resident unit, which it keeps."""
-        lease = self.prefetcher.acquire([unit])[0]
-        self.prefetcher.release([unit])
+        lease = self.prefetcher.resident(unit)
         return Slot(cast(Tensor, lease.buffer), self.feed.offsets(self.units[unit]))
 
     def close(self) -> None:

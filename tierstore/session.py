@@ -98,10 +98,10 @@ class Session:
         )
 
     def progress(self) -> tuple[int, int]:
-        """Units visited in the pass under way, and units in a pass."""
+        """Units passed in the pass under way, and units in a pass; (0, 0) when nothing has to move."""
         if self._engaged is None:
             return 0, 0
-        return self._engaged.runtime.prefetcher.visited, len(self.plan.order)
+        return self._engaged.runtime.prefetcher.progress
 
     def close(self) -> None:
         """End every transfer and thread and leave the module as it was found. Idempotent.
