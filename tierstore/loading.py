@@ -102,10 +102,10 @@ def _engage(checkpoint: Checkpoint, budget: Budget, backend: Backend) -> Session
         tally=tally,
         engaged=engaged,
         fixed_nbytes={"hbm": fixed, "ram": 0},
-        written_nbytes=lambda: getattr(checkpoint, "written_nbytes", 0),
+        written_nbytes=lambda: checkpoint.written_nbytes,
         finish=_finisher(binder, loans, runtime),
         notes=checkpoint.notes,
-        checkpoint_path=getattr(checkpoint, "path", None),
+        checkpoint_path=checkpoint.path,
     )
 
 
