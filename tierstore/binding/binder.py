@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from tierstore.binding.ghosts import GhostParameter, GhostTensor, View
+from tierstore.binding.conversion import Conversions
+from tierstore.binding.ghosts import GhostParameter, GhostTensor
 from tierstore.binding.grouping import Group
 from tierstore.binding.inventory import Entry
 from tierstore.binding.loans import Loans
 from tierstore.binding.slot import Slot, storage_users
-from tierstore.binding.swap import can_swap, carry_gradient, swap_tensors
+from tierstore.binding.swap import become, can_swap
 from tierstore.binding.turns import Seat, Turn
-from tierstore.errors import TierstoreError
-
-_KEY = "_tierstore_view"
+from tierstore.binding.views import View, view_of
+from tierstore.errors import SessionClosedError, TierstoreError
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Binder:
         self._device = device
         self._groups = list(groups)
         self._turns: dict[str, Turn] = {}
-        self._settled: set[int] = set()
+        self._settled: dict[int, int] = {}  # by entry: the storage that its tensor was given for good
         self._originals: dict[int, Tensor] = {}
+        self._conversions = Conversions()
 
     def bind(self) -> None:
         """Put the ghosts in. Memory of the tensors is freed unless somebody else holds it."""
@@ -61,6 +63,7 @@ class Binder:
                 turn = self._turns[group.name] = Turn(group.name, seats[group.name], self._loans)
                 turn.watch(group.turns)
         self._loans.step_aside = self._step_aside
+        self._conversions.watch(location.owner for item in self._held for location in item.entry.locations)
         self._forget_originals()
 
     def abandon_turns(self) -> None:
@@ -75,13 +78,18 @@ class Binder:
             if name in self._turns:
                 self._turns.pop(name).unwatch()
         made: dict[str, Slot] = {}
+        blocks: dict[str, torch.UntypedStorage] = {}
         for item in self._held:
             unit = self._loans.unit_of(item.block)
             tensor = item.entry.tensor
             if unit in chosen and can_swap(tensor):
                 slot = made.get(unit) or made.setdefault(unit, slots(unit))
-                become_real(tensor, slot.tensor(item.block, item.meta))
-                self._settled.add(id(item.entry))
+                storage = blocks.get(item.block)
+                if storage is None:
+                    nbytes = item.meta.untyped_storage().nbytes()
+                    storage = blocks[item.block] = slot.apart(item.block, nbytes)
+                become_real(tensor, view_like(item.meta, storage))
+                self._settled[id(item.entry)] = storage._cdata
 
     def unbind(self, restore: Callable[[Held], Tensor]) -> None:
         """Put real tensors back: ``restore`` gives each one's memory, on its original device."""
@@ -90,10 +98,12 @@ class Binder:
         for item in self._held:
             original = self._originals.pop(id(item.entry), None)
             try:
-                memory = restore(item)
-                if original is not None:
-                    with torch.no_grad():
-                        memory = original.detach().copy_(memory)
+                memory = self._rebound(item)
+                if memory is None:
+                    memory = restore(item)
+                    if original is not None:
+                        with torch.no_grad():
+                            memory = original.detach().copy_(memory)
                 become_real(item.entry.tensor, memory)
             except (TierstoreError, MemoryError) as error:
                 failed = failed or error
@@ -106,6 +116,14 @@ class Binder:
         for item in self._held:
             if id(item.entry) in self._settled and can_swap(item.entry.tensor):
                 become_ghost(item.entry.tensor, View(self._loans, item.block, item.meta, self._device))
+
+    def _rebound(self, item: Held) -> Tensor | None:
+        """The memory that a settled tensor was given since, by ``.data = ...``, on its own device; None for others."""
+        tensor = item.entry.tensor
+        if view_of(tensor) is not None or tensor.untyped_storage()._cdata == self._settled[id(item.entry)]:
+            return None
+        with torch.no_grad():
+            return tensor.detach().to(item.device)
 
     def _forget_originals(self) -> None:
         """Free the memory of tensors that nobody outside the module can see."""
@@ -124,6 +142,7 @@ class Binder:
         for turn in self._turns.values():
             turn.unwatch()
         self._turns.clear()
+        self._conversions.unwatch()
         self._loans.step_aside = lambda: False
 
     def _step_aside(self) -> bool:
@@ -134,25 +153,39 @@ def become_ghost(tensor: Tensor, view: View) -> Tensor:
     """Turn ``tensor`` itself, and so every reference to it, into a ghost; what it was comes back as another object."""
     cls = GhostParameter if isinstance(tensor, nn.Parameter) else GhostTensor
     ghost: Tensor = cls(view, tensor.requires_grad)
-    _exchange(tensor, ghost)
+    become(tensor, ghost)
     return ghost
 
 
 def become_real(tensor: Tensor, memory: Tensor) -> None:
-    """Turn a ghost itself into a plain tensor or parameter over ``memory``."""
+    """Turn a ghost itself into a plain tensor or parameter over ``memory``.
+
+    A graph that was made with the ghost cannot follow: its backward raises ``SessionClosedError``.
+    """
     real = nn.Parameter(memory, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else memory
     if not isinstance(tensor, nn.Parameter):
         real.requires_grad_(tensor.requires_grad)
-    _exchange(tensor, real)
+    held = not can_swap(tensor)
+    become(tensor, real)
+    if held and real.requires_grad and real.is_leaf:
+        real.register_hook(_refuse_gradient)
 
 
-def _exchange(tensor: Tensor, other: Tensor) -> None:
-    carry_gradient(tensor, other)
-    attributes = {key: value for key, value in tensor.__dict__.items() if key != _KEY}
-    swap_tensors(tensor, other)
-    tensor.__dict__.update(attributes)
+def view_like(meta: Tensor, storage: torch.UntypedStorage) -> Tensor:
+    """A tensor over ``storage`` with the dtype, offset, shape and strides of ``meta``."""
+    with torch.inference_mode(False), torch.no_grad():
+        empty = torch.empty(0, dtype=meta.dtype, device=storage.device)
+        target: Any = storage
+        return empty.set_(target, meta.storage_offset(), meta.size(), meta.stride())
 
 
 def metas_of(blocks: Mapping[str, int]) -> dict[str, torch.UntypedStorage]:
     """One meta storage per block, of the block's bytes, for the views of it."""
     return {name: torch.empty(n, dtype=torch.uint8, device="meta").untyped_storage() for name, n in blocks.items()}
+
+
+def _refuse_gradient(gradient: Tensor) -> NoReturn:
+    raise SessionClosedError(
+        "this graph was recorded while its weights were offloaded, and the session has ended: call backward() before "
+        "close(), or run the forward again"
+    )

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tierstore.errors import ModuleError
+from tierstore.binding.ghosts import check_replacement, plain_copy
 
 _RAW: Any = cast(Any, Tensor).data
 _CHECKSUM = "_tierstore_checksum"
@@ -26,11 +26,7 @@ class _Exposing:
 
     @data.setter
     def data(self: Any, value: Tensor) -> None:
-        if value.shape != self.shape or value.dtype != self.dtype or value.device != self.device:
-            raise ModuleError(
-                f"an offloaded weight of shape {tuple(self.shape)} and dtype {self.dtype} on {self.device} cannot "
-                f"become {tuple(value.shape)}, {value.dtype} on {value.device} inside forward: close the session first"
-            )
+        check_replacement(self, value)
         _expose(self)
         _RAW.__get__(self).copy_(value)
 
@@ -42,24 +38,48 @@ class _Exposing:
         _expose(self)
         return cast(Any, Tensor).__array__(self, *args, **kwargs)
 
+    def __dlpack__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _expose(self)
+        return Tensor.__dlpack__(self, *args, **kwargs)
 
-class BoundParameter(_Exposing, nn.Parameter):
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            memo[id(self)] = plain_copy(self, memo)
+        return memo[id(self)]
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        return cast(Any, plain_copy(self)).__reduce_ex__(protocol)
+
+
+class BoundParameter(_Exposing, nn.Parameter):  # type: ignore[misc]  # torch's stubs are narrower than torch
     """A parameter over a slot."""
 
 
-class BoundTensor(_Exposing, Tensor):
+class BoundTensor(_Exposing, Tensor):  # type: ignore[misc]  # as above
     """A buffer over a slot."""
 
 
-def bind(view: Tensor, ghost: Tensor) -> Tensor:
-    """``view``, a plain view of a slot, in the role of ``ghost`` and sharing its attributes."""
+def can_bind(ghost: Tensor) -> bool:
+    """Whether every write is seen: batch_norm writes its statistics, 1-D buffers, without a new version of them."""
+    return isinstance(ghost, nn.Parameter) or ghost.dim() != 1 or not ghost.is_floating_point()
+
+
+def bind(memory: Tensor, ghost: Tensor) -> Tensor:
+    """``memory``, a plain view of a slot, in the role of ``ghost`` and sharing its attributes."""
     bound: Tensor
     if isinstance(ghost, nn.Parameter):
-        bound = BoundParameter(view, ghost.requires_grad)
+        bound = BoundParameter(memory, ghost.requires_grad)
     else:
-        bound = view.as_subclass(BoundTensor)
+        bound = memory.as_subclass(BoundTensor)
     bound.__dict__ = ghost.__dict__
     return bound
+
+
+def take_gradient(bound: Tensor, ghost: Tensor) -> None:
+    """Add what was accumulated in ``bound`` to the gradient of the parameter that it stood for."""
+    gradient, bound.grad = bound.grad, None
+    if gradient is not None:
+        ghost.grad = gradient if ghost.grad is None else ghost.grad + gradient
 
 
 def was_written(bound: Tensor, version: int) -> bool:

@@ -88,11 +88,20 @@ def find_entries(root: nn.Module, *, elsewhere: Collection[str] = ()) -> list[En
                             f"{name} is on the meta device and has no values: load it first, or use tierstore.load"
                         )
                     _add(entries, name, tensor, Location(cast(Any, holder), key, module), reason)
-    for module in root.modules():
-        for location, tensor in _held_in_lists(module):
+    storages = {_storage(entry.tensor) for entry in entries.values() if entry.tensor.device.type != "meta"} - {0}
+    for module_name, module in root.named_modules():
+        for location, tensor in _held_in_attributes(module):
             if id(tensor) in entries:
                 entries[id(tensor)].locations.append(location)
+            elif _storage(tensor) in storages:  # a view of a weight that the module keeps for itself
+                _add(entries, f"{module_name}.({location.key})".lstrip("."), tensor, location, "")
     return list(entries.values())
+
+
+def _storage(tensor: Tensor) -> int:
+    """Which memory a plain tensor has; 0 for others."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return int(tensor.untyped_storage()._cdata) if plain else 0
 
 
 def _add(entries: dict[int, Entry], name: str, tensor: Tensor, location: Location, reason: str) -> None:
@@ -116,20 +125,22 @@ def _is_wrapper(tensor: Tensor) -> bool:
     return bool(is_traceable_wrapper_subclass(tensor))
 
 
-def _held_in_lists(module: nn.Module) -> Iterator[tuple[Location, Tensor]]:
-    """Tensors in lists and dicts among a module's own attributes, such as an RNN's ``_flat_weights``."""
-    for name, value in module.__dict__.items():
+def _held_in_attributes(module: nn.Module) -> Iterator[tuple[Location, Tensor]]:
+    """Tensors that are plain attributes of a module, or in lists and dicts that are, such as an RNN's ``_flat_weights``."""
+    for name, value in list(module.__dict__.items()):
+        pairs: list[tuple[Any, Any]] = []
+        container: Any = value
         if name in ("_parameters", "_buffers", "_modules"):
             continue
-        if type(value) is list:
-            pairs: Iterator[tuple[Any, Any]] = iter(list(enumerate(value)))
+        if isinstance(value, Tensor):
+            container, pairs = module.__dict__, [(name, value)]
+        elif type(value) is list:
+            pairs = list(enumerate(value))
         elif type(value) is dict:
-            pairs = iter(list(value.items()))
-        else:
-            continue
+            pairs = list(value.items())
         for key, item in pairs:
             if isinstance(item, Tensor):
-                yield Location(value, key, module), item
+                yield Location(container, key, module), item
 
 
 def _why_it_stays(name: str, tensor: Tensor) -> str:

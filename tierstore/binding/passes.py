@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from threading import RLock
+from threading import RLock, get_ident
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -15,13 +16,14 @@ from tierstore.binding.turns import Inert
 class Passes:
     """Calls ``begin`` when the outermost forward of ``root`` starts and ``end(whole)`` when it is over.
 
-    ``whole`` is False when the pass broke off with an exception.
+    ``whole`` is False when the pass broke off with an exception. Torch calls no hook when a forward
+    is left by a ``KeyboardInterrupt`` or the like; that pass is ended when the next one begins.
     """
 
     def __init__(self, root: nn.Module, begin: Callable[[], None], end: Callable[[bool], None]) -> None:
         self._begin = begin
         self._end = end
-        self._depth = 0
+        self._running: list[tuple[int, FrameType]] = []  # thread and calling frame of each forward under way
         self._lock = RLock()
         self._handles = [
             root.register_forward_pre_hook(_PassHook(self.enter), prepend=True),
@@ -33,19 +35,38 @@ class Passes:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._running.clear()
 
     def enter(self) -> None:
         with self._lock:
-            self._depth += 1
-            if self._depth == 1:
+            if self._running:
+                self._forget_broken()
+            self._running.append((get_ident(), sys._getframe(2)))
+            if len(self._running) == 1:
                 self._begin()
 
     def leave(self) -> None:
         with self._lock:
-            if self._depth:
-                self._depth -= 1
-                if not self._depth:
+            mine = [item for item in self._running if item[0] == get_ident()]
+            if mine:
+                self._running.remove(mine[-1])
+                if not self._running:
                     self._end(sys.exc_info()[0] is None)
+
+    def _forget_broken(self) -> None:
+        """Forget forwards that no thread is inside of any more."""
+        current = sys._current_frames()
+        inside: set[FrameType] = set()
+        for thread in {thread for thread, _ in self._running}:
+            frame = current.get(thread)
+            while frame is not None:
+                inside.add(frame)
+                frame = frame.f_back
+        broken = [item for item in self._running if item[1] not in inside]
+        for item in broken:
+            self._running.remove(item)
+        if broken and not self._running:
+            self._end(False)
 
 
 class _PassHook:

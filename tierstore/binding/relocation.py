@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from tierstore.binding.swap import carry_gradient, swap_tensors
+from tierstore.binding.swap import become
 
 
 class Relocated:
@@ -21,7 +21,7 @@ class Relocated:
                     there = tensor.detach().to(device)
                 if isinstance(tensor, nn.Parameter):
                     there = nn.Parameter(there, tensor.requires_grad)
-                _exchange(tensor, there)
+                become(tensor, there)
                 self._moved.append((tensor, there))
 
     def undo(self) -> None:
@@ -30,13 +30,5 @@ class Relocated:
             tensor, original = self._moved.pop()
             with torch.no_grad():
                 original.detach().copy_(tensor.detach())
-            _exchange(tensor, original)
-
-
-def _exchange(tensor: Tensor, other: Tensor) -> None:
-    attributes = dict(tensor.__dict__)
-    swap_tensors(tensor, other)
-    tensor.__dict__.update(attributes)
-    if other.grad is not None:
-        other.grad = other.grad.to(tensor.device)
-    carry_gradient(other, tensor) if other.device == tensor.device else None
+            original.requires_grad_(tensor.requires_grad)
+            become(tensor, original)

@@ -27,7 +27,14 @@ class Slot:
         """A view of ``block`` with the dtype, shape, strides and offset of the meta tensor ``like``."""
         offset = self.offsets[block] // like.itemsize + like.storage_offset()
         empty = torch.empty(0, dtype=like.dtype, device=self.storage.device)
-        return empty.set_(cast(Any, self.storage), offset, like.size(), like.stride())
+        tensor = empty.set_(cast(Any, self.storage), offset, like.size(), like.stride())
+        if like.is_conj():
+            tensor = tensor.conj()
+        return cast(Any, torch)._neg_view(tensor) if like.is_neg() else tensor
+
+    def apart(self, block: str, nbytes: int) -> torch.UntypedStorage:
+        """A storage of only ``block``, which has ``nbytes``: for tensors that stay in the slot for good."""
+        return from_dlpack(self.block_bytes(block, nbytes)).untyped_storage()
 
     def block_bytes(self, block: str, nbytes: int) -> torch.Tensor:
         """The bytes of ``block``: 1-D uint8."""

@@ -7,30 +7,31 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tierstore.binding.views import KEY
 
-def swap_tensors(a: Tensor, b: Tensor) -> None:
-    """Exchange class, attributes and content of two tensor objects.
 
+def become(tensor: Tensor, other: Tensor) -> None:
+    """Turn the object ``tensor`` into what ``other`` is, and ``other`` into what it was.
+
+    Attributes, gradient and hooks stay with the object ``tensor``; its gradient follows it to its device.
     As ``torch.utils.swap_tensors``, which refuses tensors that have weak references (every RNN's
-    parameters have): those name the Python object, which keeps its identity here. Neither tensor may
-    be held by an autograd graph.
+    parameters have): those name the Python object, which keeps its identity here.
     """
-    a.__class__, b.__class__ = b.__class__, a.__class__
-    a.__dict__, b.__dict__ = b.__dict__, a.__dict__
-    cast(Any, torch._C)._swap_tensor_impl(a, b)
+    before = cast(Any, tensor)
+    gradient, hooks, after = before.grad, before._backward_hooks, before._post_accumulate_grad_hooks
+    attributes = {key: value for key, value in tensor.__dict__.items() if key != KEY}
+    tensor.__class__, other.__class__ = other.__class__, tensor.__class__
+    tensor.__dict__, other.__dict__ = other.__dict__, tensor.__dict__
+    cast(Any, torch._C)._swap_tensor_impl(tensor, other)
+    tensor.__dict__.update(attributes)
+    if gradient is not None:
+        tensor.grad = gradient.to(tensor.device)
+    if hooks:
+        tensor._backward_hooks = hooks
+    if after:
+        before._post_accumulate_grad_hooks = after
 
 
 def can_swap(tensor: Tensor) -> bool:
-    """Whether only its Python object holds the tensor."""
+    """Whether only its Python object holds the tensor: no autograd graph does."""
     return bool(cast(Any, tensor)._use_count() == 1)
-
-
-def carry_gradient(source: Tensor, target: Tensor) -> None:
-    """Give ``target`` the gradient and the gradient hooks of ``source``."""
-    hooks, after = source._backward_hooks, cast(Any, source)._post_accumulate_grad_hooks
-    if source.grad is not None:
-        target.grad = source.grad
-    if hooks:
-        target._backward_hooks = hooks
-    if after:
-        cast(Any, target)._post_accumulate_grad_hooks = after

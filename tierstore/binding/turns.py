@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tierstore.binding.bound import bind, was_written
-from tierstore.binding.ghosts import View
+from tierstore.binding.bound import bind, can_bind, take_gradient, was_written
 from tierstore.binding.inventory import Location
 from tierstore.binding.loans import Loans
 from tierstore.binding.slot import Slot, storage_users
+from tierstore.binding.views import View
+from tierstore.errors import CapacityError
+
+_SLOTS_KEPT = 32
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class Turn:
 
     def __init__(self, unit: str, seats: Sequence[Seat], loans: Loans) -> None:
         self.unit = unit
-        self._seats = seats
+        self._seats = [seat for seat in seats if can_bind(seat.ghost)]
+        self._places = sum(len(seat.locations) for seat in self._seats)
         self._loans = loans
         self._depth = 0
         self._pinned = False
@@ -70,8 +74,7 @@ class Turn:
         self._escapes = False
         self._bound: dict[int, _Bound] = {}
         self._detained: list[_Bound] = []
-        storages = {id(seat.view.meta.untyped_storage()): seat.view.meta.untyped_storage() for seat in seats}
-        self._storages = list({s._cdata: s for s in storages.values()}.values())
+        self._storages = list({s._cdata: s for s in (seat.view.meta.untyped_storage() for seat in seats)}.values())
         self._quiet_users = [storage_users(s) for s in self._storages]
         self._handles: list[RemovableHandle] = []
         self._lock = RLock()
@@ -95,7 +98,11 @@ class Turn:
                 self._depth += 1
                 return
             self._free_detained()
-            slot = self._loans.acquire([self.unit])[0]
+            try:
+                slot = self._loans.acquire([self.unit])[0]
+            except CapacityError:  # beside what is in use; each operation will find room for itself, or say what it lacks
+                self._depth = 1
+                return
             self._pinned = True
             self._depth = 1
             if self._plain and not torch.is_grad_enabled():
@@ -119,21 +126,27 @@ class Turn:
 
     def abandon(self) -> None:
         """End a turn that never came to its end."""
-        if self._depth:
-            self._depth = 1
-            self.leave()
+        with self._lock:
+            if self._depth:
+                self._depth = 1
+                self.leave()
 
     def step_aside(self) -> bool:
         """Give up the memory for an operation that needs it, if nobody sees it right now; whether it did."""
-        self._free_detained()
-        if not self._pinned:
+        if not self._lock.acquire(blocking=False):  # another thread is at it: waiting for each other would be for ever
             return False
-        if self._placed is not None:
-            if self._placed.escaped(seated=sum(len(seat.locations) for seat in self._seats)):
+        try:
+            self._free_detained()
+            if not self._pinned:
                 return False
-            self._take_back()
-        self._unpin()
-        return True
+            if self._placed is not None:
+                if self._placed.escaped(seated=self._places):
+                    return False
+                self._take_back()
+            self._unpin()
+            return True
+        finally:
+            self._lock.release()
 
     def _unpin(self) -> None:
         if self._pinned:
@@ -143,13 +156,15 @@ class Turn:
     def _place(self, slot: Slot) -> None:
         bound = self._bound.get(slot.key)
         if bound is None:
-            if len(self._bound) >= 32:
+            if len(self._bound) >= _SLOTS_KEPT:
                 self._bound.clear()
             bound = self._bound[slot.key] = self._make(slot)
         for seat, tensor in zip(self._seats, bound.tensors, strict=True):
+            if tensor.requires_grad != seat.ghost.requires_grad:
+                tensor.requires_grad_(seat.ghost.requires_grad)
             for location in seat.locations:
                 container: Any = location.container
-                if container[location.key] is seat.ghost:
+                if _at(container, location.key) is seat.ghost:
                     container[location.key] = tensor
         self._placed = bound
 
@@ -170,17 +185,21 @@ class Turn:
                 container: Any = location.container
                 if _at(container, location.key) is tensor:
                     container[location.key] = seat.ghost
+            if tensor.requires_grad != seat.ghost.requires_grad:
+                seat.ghost.requires_grad_(tensor.requires_grad)
+            if tensor.grad is not None:
+                take_gradient(tensor, seat.ghost)
             if was_written(tensor, bound.versions[index]):
                 bound.versions[index] = tensor._version
                 written[seat.view.block] = None
-        for block in written:
-            self._loans.keep(block, bound.slot)
         del tensor
         if bound.escaped():
             # someone kept a view of the slot: its memory stays theirs until they drop it
             self._loans.acquire([self.unit])
             self._detained.append(bound)
             self._plain, self._escapes = False, True
+        for block in written:
+            self._loans.keep(block, bound.slot)
 
     def _free_detained(self) -> None:
         for bound in [b for b in self._detained if not b.escaped()]:

@@ -1,0 +1,194 @@
+"""Carries out operations that have ghosts among their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tierstore.binding.slot import Slot
+from tierstore.binding.views import View, view_of
+from tierstore.errors import ModuleError
+
+_STATISTICS = ("running_mean", "running_var")
+
+MakeGhost = Callable[[View], Tensor]
+
+
+def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ghost: MakeGhost) -> Any:
+    """The result of ``func``, an operation of the dispatcher: as ghosts, made by ``ghost``, where it is a view of
+    ghosts; otherwise computed with plain tensors over borrowed memory."""
+    signature = _signature(func)
+    if signature.may_view:
+        viewed = _as_view(func, args, kwargs, ghost)
+        if viewed is not None:
+            return viewed
+    if func is torch.ops.aten.embedding.default:
+        looked_up = _look_up(func, args, kwargs)
+        if looked_up is not None:
+            return looked_up
+    return _compute(func, signature, args, kwargs, ghost)
+
+
+class _Signature:
+    """What an operation's schema says about aliasing, looked up once per operation."""
+
+    __slots__ = ("may_view", "written_keywords", "written_positions")
+
+    def __init__(self, func: Any) -> None:
+        schema = func._schema
+        self.may_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+        self.written_positions: list[int] = []
+        self.written_keywords: set[str] = set()
+        for position, argument in enumerate(schema.arguments):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            # torch's schemas do not say that batch_norm and instance_norm write their statistics
+            if written or argument.name in _STATISTICS:
+                self.written_positions.append(position)
+                self.written_keywords.add(argument.name)
+
+    def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The arguments that the operation writes to."""
+        positional = [args[position] for position in self.written_positions if position < len(args)]
+        return positional + [kwargs[keyword] for keyword in self.written_keywords if keyword in kwargs]
+
+
+@lru_cache(maxsize=4096)
+def _signature(func: Any) -> _Signature:
+    return _Signature(func)
+
+
+def _map(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        items = [_map(item, change) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, dict):
+        return {key: _map(item, change) for key, item in value.items()}
+    return value
+
+
+def _ghosts_in(value: Any) -> dict[int, tuple[Tensor, View]]:
+    """The ghosts among arguments, by their object's id."""
+    found: dict[int, tuple[Tensor, View]] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        view = view_of(tensor)
+        if view is not None:
+            found[id(tensor)] = (tensor, view)
+        return tensor
+
+    _map(value, note)
+    return found
+
+
+def _as_view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ghost: MakeGhost) -> Any:
+    """The result as ghosts when it is a pure view of ghosts, worked out on meta tensors; else None."""
+    sources: dict[int, View] = {}
+
+    def to_meta(tensor: Tensor) -> Tensor:
+        view = view_of(tensor)
+        if view is None:
+            return tensor
+        sources[view.meta.untyped_storage()._cdata] = view
+        return view.meta
+
+    try:
+        out = func(*_map(args, to_meta), **_map(kwargs, to_meta))
+    except (RuntimeError, NotImplementedError, ValueError, IndexError):
+        return None  # computed for real, where the same error comes out if it is one
+    plain = False
+
+    def to_ghost(tensor: Tensor) -> Any:
+        nonlocal plain
+        view = sources.get(tensor.untyped_storage()._cdata)
+        if view is None:
+            plain = True
+            return tensor
+        return ghost(View(view.home, view.block, tensor, view.device))
+
+    ghosts = _map(out, to_ghost)
+    return None if plain else ghosts
+
+
+def _look_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    view = view_of(args[0]) if isinstance(args[0], Tensor) else None
+    if view is None or not isinstance(args[1], Tensor) or view_of(args[1]) is not None:
+        return None
+    found = view.home.lookup(view.block, view.meta, args[1])
+    if found is None:
+        return None
+    rows, indices = found
+    return func(rows, indices)
+
+
+def _compute(
+    func: Any, signature: _Signature, args: tuple[Any, ...], kwargs: dict[str, Any], ghost: MakeGhost
+) -> Any:
+    found = _ghosts_in((args, kwargs))
+    if not found:  # a subclass reached us with no ghost among its arguments
+        return func(*args, **kwargs)
+    home = next(iter(found.values()))[1].home
+    blocks = list(dict.fromkeys(view.block for _, view in found.values()))
+    changed = _ghosts_in(signature.written(args, kwargs))
+    written = [view.block for _, view in changed.values()]
+    with home.loan(blocks, written=written) as slots:
+        lent = {key: slots[view.block].tensor(view.block, view.meta) for key, (_, view) in found.items()}
+        owners = {id(lent[key]): tensor for key, (tensor, _) in found.items()}
+        out = func(*_map(args, lambda t: lent.get(id(t), t)), **_map(kwargs, lambda t: lent.get(id(t), t)))
+        for key, (_, view) in changed.items():
+            _refuse_another_shape(func, lent[key], slots[view.block], view)
+        storages = {slots[block].key for block in blocks}
+
+        def hide(tensor: Tensor) -> Any:
+            if id(tensor) in owners:
+                return owners[id(tensor)]
+            if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.device.type == "meta":
+                return tensor
+            if tensor.untyped_storage()._cdata not in storages:
+                return tensor
+            return ghost(_view_of_alias(tensor, blocks, [view for _, view in found.values()], slots))
+
+        return _map(out, hide)
+
+
+def _refuse_another_shape(func: Any, lent: Tensor, slot: Slot, view: View) -> None:
+    """Raise when an operation gave a lent tensor other memory, or looks at it in another way: a ghost cannot follow."""
+    fresh = slot.tensor(view.block, view.meta)
+    same = (
+        lent.untyped_storage()._cdata == slot.key
+        and lent.shape == fresh.shape
+        and lent.stride() == fresh.stride()
+        and lent.storage_offset() == fresh.storage_offset()
+    )
+    if not same:
+        raise ModuleError(
+            f"{func} changes the shape, the strides or the memory of an offloaded tensor of shape "
+            f"{tuple(view.meta.shape)}, which it keeps while it is offloaded: close the session first, or work on a "
+            f".clone() of it"
+        )
+
+
+def _view_of_alias(tensor: Tensor, blocks: list[str], views: list[View], slots: Mapping[str, Slot]) -> View:
+    """What ``tensor``, a view of a lent slot, shows: the block whose bytes it starts in."""
+    start = tensor.storage_offset() * tensor.itemsize
+    storage = tensor.untyped_storage()._cdata
+    near = [b for b in blocks if slots[b].key == storage and slots[b].offsets[b] <= start]
+    block = max(near, key=lambda b: slots[b].offsets[b])
+    view = next(v for v in views if v.block == block)
+    with torch.inference_mode(False), torch.no_grad():
+        meta = torch.empty(0, dtype=tensor.dtype, device="meta").set_(
+            cast(Any, view.meta.untyped_storage()),
+            (start - slots[block].offsets[block]) // tensor.itemsize,
+            tensor.size(),
+            tensor.stride(),
+        )
+        if tensor.is_conj():
+            meta = meta.conj()
+        if tensor.is_neg():
+            meta = cast(Tensor, cast(Any, torch)._neg_view(meta))
+    return View(view.home, block, meta, view.device)
