@@ -80,14 +80,21 @@ def plan_units(
     tables = [unit.name for unit in units if unit.name not in used]
     fits = sum(unit.nbytes for unit in units) <= room + (ram if unified else 0)
     at_rest = dict.fromkeys(tables, Tier.NVME) if look_up and not fits else {}
-    plan = build_plan(
-        [unit for unit in units if unit.name not in at_rest],
-        cut.order if at_rest else (*tables, *cut.order),
-        Budget(max(room, 1), ram),
-        links=TYPICAL_LINKS,
-        unified=unified,
-        largest_step_nbytes=min(room, 3 * cut.step_nbytes),
-    )
+
+    def planned(left_out: Mapping[str, Tier], step_nbytes: int) -> Plan:
+        return build_plan(
+            [unit for unit in units if unit.name not in left_out],
+            cut.order if left_out else (*tables, *cut.order),
+            Budget(max(room, 1), ram),
+            links=TYPICAL_LINKS,
+            unified=unified,
+            largest_step_nbytes=min(room, step_nbytes),
+        )
+
+    table = max((unit.nbytes for unit in units if unit.name in at_rest), default=0)
+    plan = planned(at_rest, max(3 * cut.step_nbytes, table))
+    if plan.ring_nbytes < table:  # whoever needs a whole table must find room for it
+        return planned({}, 3 * cut.step_nbytes)
     return replace(plan, tier={**plan.tier, **at_rest})
 
 
