@@ -130,7 +130,9 @@ def test_a_base_model_s_checkpoint_loads_into_its_head(tmp_path: Path, opened: O
 def test_an_auto_class_and_a_plain_class_are_both_taken(tmp_path: Path, opened: Open) -> None:
     save(tiny("T5ForConditionalGeneration"), tmp_path)
     for wanted in (transformers.AutoModelForSeq2SeqLM, transformers.T5ForConditionalGeneration):
-        assert type(opened(tmp_path, model_class=wanted).module) is transformers.T5ForConditionalGeneration
+        module: Any = opened(tmp_path, model_class=wanted).module
+        assert type(module) is transformers.T5ForConditionalGeneration
+        assert module.config.to_dict() == wanted.from_pretrained(tmp_path).config.to_dict()
 
 
 def test_small_casts_are_done_in_memory(tmp_path: Path, opened: Open) -> None:
@@ -265,6 +267,14 @@ class TestRefusals:
     def test_an_unknown_dtype(self, folder: Path, opened: Open) -> None:
         with pytest.raises(CheckpointError, match="dtype"):
             opened(folder, dtype="float99")
+
+    def test_weights_elsewhere(self, folder: Path, opened: Open) -> None:
+        (folder / "model.safetensors").rename(folder / "other.safetensors")
+        change_config(folder, transformers_weights="other.safetensors")
+        assert opened(folder).pieces
+        change_config(folder, transformers_weights="../other.safetensors")
+        with pytest.raises(CheckpointError, match="do not trust"):
+            opened(folder)
 
     def test_quantized_weights(self, folder: Path, opened: Open) -> None:
         change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})

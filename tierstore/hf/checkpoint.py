@@ -75,7 +75,7 @@ def open_checkpoint(
         path, written, note = import_gguf(path, dtype=dtype, model_class=model_class, store_dir=store_dir, nvme=nvme)
         dtype, notes = None, [note]
     config = read_config(path, model_class, trust_remote_code)
-    store = SafetensorsStore(path / (getattr(config, "transformers_weights", None) or ""))
+    store = SafetensorsStore(_weights_of(path, config))
     try:
         traced = trace(path, config, store, dtype=dtype, model_class=model_class, trust_remote_code=trust_remote_code)
         runs = {name: contiguous_runs(placed) for name, placed in traced.placed.items()}
@@ -98,12 +98,22 @@ def open_checkpoint(
         made, more = converted_store(file, tensors, fingerprint, nvme=nvme)
         where = {source: made.pieces(name)[0] for name, source in tensors.items()}
         notes += [f"converted to {str(file)!r}: {line}" for line in why]
-        joined = JoinedStore(store, len(store.paths), made)
+        joined = JoinedStore(store, made)
         pieces = _pieces(runs, where, len(store.paths))
         return Checkpoint(traced.module, pieces, joined, traced.ready, tuple(notes), path, written + more)
     except BaseException:
         store.close()
         raise
+
+
+def _weights_of(path: Path, config: object) -> Path:
+    named = getattr(config, "transformers_weights", None)
+    if named and Path(named).name != named:
+        raise CheckpointError(
+            f"config.json of {str(path)!r} sends its weights to {named!r}, a file name beside it is needed: do not "
+            "trust this checkpoint"
+        )
+    return path / named if named else path
 
 
 def _computed_in(runs: Sequence[Run]) -> list[Computed]:

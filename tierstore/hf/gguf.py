@@ -65,7 +65,7 @@ def _load(file: Path, dtype: str, model_class: type | None) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(file.parent, **where)
         causal: Any = transformers.AutoModelForCausalLM
         auto: Any = model_class or (causal if type(config) in causal._model_mapping else transformers.AutoModel)
-        model = auto.from_pretrained(file.parent, dtype=dtype, **where, **plain)
+        model = auto.from_pretrained(file.parent, config=config, dtype=dtype, **where, **plain)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(

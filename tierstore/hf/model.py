@@ -107,7 +107,7 @@ def trace(
     computed = _compute_unfound(path, module)
     placed, ready = _lift(module)
     _describe(module, path)
-    return Traced(module, placed, {**ready, **computed}, tuple(_unused(info)))
+    return Traced(module, placed, {**ready, **computed}, tuple(_notes(info, computed)))
 
 
 class _UnfoundStaysOnMeta(TorchFunctionMode):
@@ -283,9 +283,11 @@ def _describe(module: Any, path: Path) -> None:
         ) from error
 
 
-def _unused(info: Mapping[str, Any]) -> Iterator[str]:
+def _notes(info: Mapping[str, Any], computed: Mapping[str, torch.Tensor]) -> Iterator[str]:
     if names := sorted(info["unexpected_keys"]):
         yield f"{len(names)} tensors of the checkpoint are not used by the model: {_listed(names)}"
+    if computed:
+        yield f"{len(computed)} weights are in no file, transformers computes them: {_listed(sorted(computed))}"
 
 
 def _listed(names: list[str], most: int = 6) -> str:

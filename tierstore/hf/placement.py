@@ -24,6 +24,9 @@ from tierstore.extents import Extent
 MIN_RUN = 4096
 """Bytes. Pieces that are shorter than this on average cost more to gather than to convert once."""
 
+MAX_RUNS = 1 << 16
+"""Pieces of one operand. More cost the interpreter more than one conversion costs the disk."""
+
 _COMPARED_AT_ONCE = 8 << 20
 _aten = torch.ops.aten
 _VIEWS_BY_NATURE = (_aten._unsafe_view.default,)
@@ -82,7 +85,7 @@ class Placed(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        device = kwargs.pop("device", "cpu")  # moving is no arithmetic
+        device = kwargs.pop("device", None) or "cpu"  # moving is no arithmetic
         if func is _aten.equal.default:
             return _equal(args[0], args[1])
         if _takes_only_the_shape(func):
@@ -197,7 +200,7 @@ def _destinations(
 
 
 def _gathered(copies: Sequence[tuple[torch.Tensor, Placed]] | None) -> tuple[Run, ...] | None:
-    """The runs of a storage that the given copies fill; None where they are too short, or no copies."""
+    """The runs of a storage that the given copies fill; None where they are too short or too many, or no copies."""
     if copies is None:
         return None
     runs: list[Run] = []
@@ -208,7 +211,7 @@ def _gathered(copies: Sequence[tuple[torch.Tensor, Placed]] | None) -> tuple[Run
             inner -= 1
             block *= placed.shape[inner]
         count = prod(placed.shape[:inner])
-        if count > 1 and block < MIN_RUN:
+        if count > 1 and (block < MIN_RUN or count > MAX_RUNS):
             return None
         if placed.numel():
             for at, start in zip(_offsets(into, inner), _offsets(placed.form, inner), strict=True):
