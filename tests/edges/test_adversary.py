@@ -10,7 +10,8 @@ import torch
 
 from tierstore.contracts import Fence
 from tierstore.copies.cpu import DONE
-from tierstore.testing.adversary import POISON, Adversary, AdversaryEngine, PoisonLease, PoisonPool, adversary
+from tierstore.testing.adversary import Adversary, AdversaryEngine, adversary
+from tierstore.testing.poison import POISON, PoisonLease, PoisonPool
 
 SEEDS = range(12)
 SLOT, UNITS = 256, 6

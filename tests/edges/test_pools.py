@@ -15,7 +15,8 @@ from tierstore.copies.cpu import DONE
 from tierstore.errors import BudgetError, CapacityError
 from tierstore.extents import Extent
 from tierstore.pools.host import HUGE_FROM, HostPool
-from tierstore.testing.adversary import POISON, AdversaryEngine, PoisonPool
+from tierstore.testing.adversary import AdversaryEngine
+from tierstore.testing.poison import POISON, PoisonPool
 from tierstore.testing.pool_contract import MakePool, OpenFence, PoolContract, tensor_of
 
 PAGE = mmap.PAGESIZE

@@ -141,7 +141,7 @@ class CudaCopyEngine:
                     span = self._span()
                     span[0].record(stream)
                     for src, dst in tensors:
-                        for source, target in _within_segments(src, dst, down):
+                        for source, target in within_segments(src, dst, down):
                             target.copy_(source, non_blocking=True)
                     span[1].record(stream)
         except RuntimeError as error:
@@ -183,7 +183,7 @@ def _recorded(event: torch.cuda.Event, stream: torch.cuda.Stream) -> torch.cuda.
     return event
 
 
-def _within_segments(src: torch.Tensor, dst: torch.Tensor, down: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def within_segments(src: torch.Tensor, dst: torch.Tensor, down: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The pair, in pieces whose host side lies within one segment."""
     at, nbytes, address = 0, src.numel(), (dst if down else src).data_ptr()
     while at < nbytes:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from tierstore.contracts import Fence, Lease, ReadRequest, Store
 from tierstore.errors import SessionClosedError
 from tierstore.events import Recorder
+from tierstore.feeds.promise import wait_for_end
 from tierstore.feeds.trips import TripLog
 from tierstore.slots import SLOT_ALIGN, SlotLayout, lay_out
 from tierstore.tensors import Unit
@@ -37,8 +38,7 @@ class DirectFeed:
             raise SessionClosedError(f"unit {unit.name!r} was asked of a closed feed: open a new session")
         layout = self._layout(unit)
         requests = requests_for(unit, layout, lease)
-        for fence in lease.after:
-            fence.wait()
+        wait_for_end(lease.after)
         return self._trips.begin(self._store.read(requests), self._link, unit.nbytes)
 
     def close(self) -> None:

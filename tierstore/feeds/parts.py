@@ -25,8 +25,8 @@ class Part:
 
 
 def whole(unit: Unit, packed: PackedLayout) -> Part:
-    """The unit as one part. Nothing computes on staging memory, so blocks keep their distances in the file."""
-    layout = lay_out(replace(unit, blocks=tuple(replace(block, align=1) for block in unit.blocks)))
+    """The unit as one part, in ``lay_out(unit).nbytes`` of staging memory."""
+    layout = lay_out(unit)
     return Part(unit.nbytes, layout, copies(layout, packed))
 
 
@@ -35,7 +35,8 @@ def cut(unit: Unit, packed: PackedLayout, room: int) -> tuple[Part, ...]:
 
     ``room`` is at least ``MIN_ROOM``. A part may begin and end in the middle of a block.
     """
-    everything = whole(unit, packed)
+    # Nothing computes on staging memory: without alignment, blocks can always keep their distances in the file.
+    everything = whole(replace(unit, blocks=tuple(replace(block, align=1) for block in unit.blocks)), packed)
     if everything.layout.nbytes <= room:
         return (everything,)
     parts: list[Part] = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from threading import Event
 
 from tierstore.contracts import Fence
@@ -54,3 +55,10 @@ def nothing() -> Promise:
     promise = Promise()
     promise.keep(())
     return promise
+
+
+def wait_for_end(fences: Iterable[Fence]) -> None:
+    """Block until the work of ``fences`` is over, well or not: all that the next user of the memory needs."""
+    for fence in fences:
+        with suppress(Exception):  # told to whoever waits for that work
+            fence.wait()

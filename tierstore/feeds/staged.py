@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Condition, Thread
@@ -18,7 +17,7 @@ from tierstore.extents import align_up
 from tierstore.feeds.direct import requests_for
 from tierstore.feeds.kept import KeptUnit
 from tierstore.feeds.parts import MIN_ROOM, SECTOR, Part, cut, whole
-from tierstore.feeds.promise import Promise, nothing
+from tierstore.feeds.promise import Promise, nothing, wait_for_end
 from tierstore.feeds.trips import TripLog
 from tierstore.ledger import Ledger
 from tierstore.slots import SLOT_ALIGN, PackedLayout, pack
@@ -222,9 +221,7 @@ class StagedFeed:
             hop.staging, hop.read = hop.kept.lease, hop.kept.read(self._trips)
             return
         hop.staging = self._lease_ring(hop.bring.unit, part)
-        for fence in hop.staging.after:
-            with suppress(Exception):  # told to whoever waits for that unit; here only its end matters
-                fence.wait()
+        wait_for_end(hop.staging.after)
         store = self._stores[hop.bring.unit.name]
         read = store.read(requests_for(hop.bring.unit, part.layout, hop.staging))
         hop.read = self._trips.begin(read, f"{store.tier}->ram", part.nbytes)

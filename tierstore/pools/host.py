@@ -109,8 +109,11 @@ class HostPool(RegionPool):
 
 def _anonymous(nbytes: int, name: str) -> torch.Tensor:
     """Private zeroed memory, uint8 of shape ``(nbytes,)``, unmapped with its last view."""
-    if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
+    with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
+        return _mapped(nbytes, name) if nbytes else torch.empty(0, dtype=torch.uint8)
+
+
+def _mapped(nbytes: int, name: str) -> torch.Tensor:
     try:
         memory = mmap.mmap(-1, align_up(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:

@@ -19,11 +19,8 @@ import torch
 
 from tierstore.contracts import Buffer, Fence, Pool
 from tierstore.copies.cpu import check_sizes
-from tierstore.extents import Extent
-from tierstore.pools.region import RegionLease, RegionPool
-
-POISON = 0xFF
-"""The byte that memory without a user is filled with: NaN in every floating type, -1 in every signed one."""
+from tierstore.pools.region import RegionLease
+from tierstore.testing.poison import POISON, PoisonPool, poison
 
 
 class _Point:
@@ -68,7 +65,7 @@ class _Copy(_Point):
         self.sources = [src.clone() for src, _ in pairs] if all(point.happened for point in before) else None
         if self.sources is not None:
             for _, dst in pairs:
-                dst.fill_(POISON)
+                poison(dst)
 
     def happen(self) -> None:
         if self.sources is not None:
@@ -171,12 +168,12 @@ class AdversaryEngine:
                     nonlocal left
                     left -= 1
                     if not left:
-                        _poison(buffer)
+                        poison(buffer)
 
                 for copy in last:
                     copy.then.append(one_less)
             else:
-                _poison(buffer)
+                poison(buffer)
 
     def check_written_in_place(self, lease: RegionLease) -> None:
         """Where compute and store share memory, who fills a lease must have waited for its earlier users."""
@@ -267,67 +264,6 @@ class AdversaryEngine:
                         )
 
 
-class PoisonPool:
-    """A ``Pool`` of host memory that ``engine`` watches, and that is poison wherever no lease holds it."""
-
-    def __init__(self, nbytes: int, engine: AdversaryEngine) -> None:
-        spare = torch.full((nbytes + 4096,), POISON, dtype=torch.uint8)
-        skip = -spare.data_ptr() % 4096
-        self._region = spare[skip : skip + nbytes]
-        self._pool = RegionPool(self._region, name="the poison pool")
-        self._engine = engine
-
-    @property
-    def capacity(self) -> int:
-        """Bytes the pool can lease at most."""
-        return self._pool.capacity
-
-    def lease(self, nbytes: int, *, align: int = 64) -> PoisonLease | None:
-        """As ``Pool.lease``; the buffer is poison, or will be when its earlier users are through."""
-        lease = self._pool.lease(nbytes, align=align)
-        return None if lease is None else PoisonLease(lease, self._engine)
-
-    def close(self) -> None:
-        """Poison everything, so that what is used after this shows. Idempotent."""
-        self._engine.close()
-        self._region.fill_(POISON)
-        self._engine.forget(self._region)
-        self._pool.close()
-
-
-class PoisonLease:
-    """A lease of a ``PoisonPool``."""
-
-    def __init__(self, lease: RegionLease, engine: AdversaryEngine) -> None:
-        self._lease = lease
-        self._engine = engine
-        self._ended = False
-
-    @property
-    def extent(self) -> Extent:
-        """Where in the pool."""
-        return self._lease.extent
-
-    @property
-    def buffer(self) -> torch.Tensor:
-        """The bytes, uint8."""
-        return self._lease.buffer
-
-    @property
-    def after(self) -> Sequence[Fence]:
-        """Earlier users of the memory."""
-        return self._lease.after
-
-    def give_back(self, fence: Fence) -> None:
-        """End the lease and poison the memory. Once only."""
-        if not self._ended:
-            self._ended = True
-            self._engine.check_written_in_place(self._lease)
-            # Before it is given back: afterwards it may be somebody else's.
-            self._engine.released(self._lease.buffer, fence)
-        self._lease.give_back(fence)
-
-
 @dataclass(frozen=True)
 class Adversary:
     """What a session needs in place of a device: its engine, and what makes its pools (device or staging)."""
@@ -340,10 +276,6 @@ def adversary(seed: int, *, discrete: bool = True) -> Adversary:
     """An adversary that draws its order from ``seed``. Call ``engine.check()`` at the end."""
     engine = AdversaryEngine(seed, discrete=discrete)
     return Adversary(engine, lambda nbytes: PoisonPool(nbytes, engine))
-
-
-def _poison(buffer: torch.Tensor) -> None:
-    buffer.fill_(POISON)
 
 
 def _range(buffer: torch.Tensor) -> tuple[int, int]:

@@ -1,0 +1,86 @@
+"""Disk straight to device memory: one hop, past the host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from queue import SimpleQueue
+from threading import Thread
+from typing import Protocol
+
+from tierstore.contracts import Fence, Lease, ReadRequest
+from tierstore.errors import SessionClosedError
+from tierstore.events import Recorder
+from tierstore.feeds.direct import requests_for
+from tierstore.feeds.promise import Promise, wait_for_end
+from tierstore.feeds.trips import TripLog
+from tierstore.slots import SlotLayout, lay_out
+from tierstore.tensors import Unit
+
+
+class DeviceReads(Protocol):
+    """Reads that land in device memory, such as ``copies.gds.GdsReads``."""
+
+    def read(self, requests: Sequence[ReadRequest]) -> Fence:
+        """Start filling each request's buffer, which is device memory."""
+        ...
+
+
+class GdsFeed:
+    """Units lie on the device as they do in the file, with every block at its alignment.
+
+    ``reads`` numbers files as the units' pieces do. The read of a unit starts once ``lease.after`` is complete; a
+    thread waits for that, so that neither the host nor compute does. Leases must be aligned to ``SLOT_ALIGN`` (4096)
+    bytes. Records ``Moved("nvme->hbm")``.
+    """
+
+    def __init__(self, reads: DeviceReads, recorder: Recorder) -> None:
+        self._reads = reads
+        self._trips = TripLog(recorder)
+        self._layouts: dict[str, tuple[Unit, SlotLayout]] = {}
+        self._closed = False
+        self._queue: SimpleQueue[tuple[Unit, Lease, Sequence[ReadRequest], Promise] | None] = SimpleQueue()
+        self._thread = Thread(target=self._start_all, name="tierstore-gds-read", daemon=True)
+        self._thread.start()
+
+    def slot_nbytes(self, unit: Unit) -> int:
+        """Bytes a lease for ``unit`` must have, padding included."""
+        return self._layout(unit).nbytes
+
+    def offsets(self, unit: Unit) -> Mapping[str, int]:
+        """Byte offset of each block within a lease for ``unit``."""
+        return self._layout(unit).offsets
+
+    def bring(self, unit: Unit, lease: Lease) -> Fence:
+        """Start reading ``unit`` into ``lease`` when its earlier users are through; never blocks on them."""
+        if self._closed:
+            raise SessionClosedError(f"unit {unit.name!r} was asked of a closed feed: open a new session")
+        promise = Promise()
+        self._queue.put((unit, lease, requests_for(unit, self._layout(unit), lease), promise))
+        return promise
+
+    def close(self) -> None:
+        """End the thread: what was not issued fails, what was is waited for. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._queue.put(None)
+        self._thread.join()
+        self._trips.drain()
+
+    def _layout(self, unit: Unit) -> SlotLayout:
+        known = self._layouts.get(unit.name)
+        if known is None or known[0] is not unit:
+            known = self._layouts[unit.name] = (unit, lay_out(unit))
+        return known[1]
+
+    def _start_all(self) -> None:
+        while (item := self._queue.get()) is not None:
+            unit, lease, requests, promise = item
+            try:
+                if self._closed:
+                    raise SessionClosedError(f"the session was closed before unit {unit.name!r} was read")
+                wait_for_end(lease.after)
+                promise.keep([self._trips.begin(self._reads.read(requests), "nvme->hbm", unit.nbytes)])
+            except Exception as error:  # it comes out of the promise, and the thread goes on
+                promise.keep((), error)
+            del item, unit, lease, requests, promise  # an idle thread keeps no memory alive
