@@ -50,9 +50,8 @@ class Arena:
         if nbytes == 0:
             self._empties += 1
             return Extent(0, 0)
-        align = max(align, self.granularity)
         for index, (start, end) in enumerate(zip(self._starts, self._ends, strict=True)):
-            offset = align_up(start, align)
+            offset = align_up(start, align)  # gaps begin on multiples of granularity, so this is one too
             if offset + nbytes <= end:
                 taken_end = min(align_up(offset + nbytes, self.granularity), self.nbytes)
                 self._carve(index, offset, taken_end)

@@ -106,6 +106,12 @@ def test_equal_sizes_fill_the_arena_without_waste(nbytes: int, size: int) -> Non
     assert count == nbytes // step + (nbytes % step >= size)
 
 
+def test_one_byte_more_than_the_gap_does_not_fit() -> None:
+    arena = Arena(100, granularity=1)
+    assert arena.alloc(101) is None
+    assert arena.alloc(100) == Extent(0, 100)
+
+
 def test_a_full_arena_still_gives_empty_extents() -> None:
     arena = Arena(0)
     first, second = arena.alloc(0), arena.alloc(0, 4096)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tierstore.ledger import Ledger
 
 
-@given(limit=st.integers(0, 100), steps=st.lists(st.tuples(st.booleans(), st.integers(0, 60))))
+@given(limit=st.integers(0, 12), steps=st.lists(st.tuples(st.booleans(), st.integers(0, 6))))
 def test_agrees_with_a_plain_count(limit: int, steps: list[tuple[bool, int]]) -> None:
     ledger = Ledger(limit, "hbm")
     live = peak = 0

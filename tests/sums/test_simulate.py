@@ -204,6 +204,8 @@ def test_a_pass_by_hand() -> None:
     one = simulate(units, "ab", tier, ring_nbytes=100, unified=True, links=links, compute_seconds=compute)
     assert one.pass_seconds == (3.5, 3.5)  # latency, read and compute in turn
     assert one.stall_seconds[1] == {"a": 1.25, "b": 1.25}
+    almost = simulate(units, "ab", tier, ring_nbytes=199, unified=True, links=links, compute_seconds=compute)
+    assert almost.pass_seconds == one.pass_seconds
     two = simulate(units, "ab", tier, ring_nbytes=200, unified=True, links=links, compute_seconds=compute, passes=4)
     assert [fetch.issued for fetch in two.fetches] == [0.0, 0.0]  # both stay: the next use finds them in the ring
     wide = {"a": Tier.NVME, "b": Tier.NVME, "c": Tier.NVME}

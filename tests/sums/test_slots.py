@@ -156,6 +156,17 @@ def test_a_small_gap_is_read_through_and_a_large_one_is_not() -> None:
     assert far.nbytes == 16_384
 
 
+def test_a_small_unit_does_not_keep_the_gaps_of_its_file() -> None:
+    layout = lay_out(Unit("u", (block("a", 0, 100, 2), block("b", 1100, 100, 2))))
+    assert (layout.nbytes, len(layout.reads)) == (200, 2)
+
+
+def test_padding_of_a_sector_or_more_is_not_read() -> None:
+    layout = lay_out(Unit("u", (block("a", 0, 1000, 1), block("b", 4096, 100, 4096))), sector=512)
+    assert [read.extent for read in layout.reads] == [Extent(0, 1000), Extent(4096, 100)]
+    assert layout.offsets == {"a": 0, "b": 4096}
+
+
 def test_a_gap_within_a_block_is_never_read_through() -> None:
     pieces = (Piece(0, Extent(0, 10), 0), Piece(1, Extent(0, 10), 10), Piece(0, Extent(20, 10), 20))
     layout = lay_out(Unit("u", (Block("a", 30, 1, pieces),)))
