@@ -67,7 +67,7 @@ class LinkSpeeds:
 def inspect_machine(path: str | os.PathLike[str] | None = None) -> Machine:
     """Ask the system; takes milliseconds. ``path`` is where weights rest, which decides whether ``gds`` is real."""
     memory = psutil.virtual_memory()
-    caps = _cgroup_caps(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    caps = cgroup_caps(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     limit = min((cap.limit for cap in caps if cap.limit < memory.total), default=None)
     available = min([int(memory.available), *(max(0, cap.limit - cap.used) for cap in caps)])
     gpus = _gpus()
@@ -132,7 +132,7 @@ def gds_state(path: str | os.PathLike[str] | None = None) -> str:
             return "kvikio is in compatibility mode"
     except Exception as error:  # whatever a driver that is half there says
         return f"kvikio cannot use the driver: {error}"
-    filesystem = _filesystem(Path(path)) if path is not None else None
+    filesystem = filesystem_of(Path(path)) if path is not None else None
     if filesystem is not None and filesystem not in GDS_FILESYSTEMS:
         return f"the filesystem of {os.fspath(path) if path is not None else ''!r} is {filesystem}"
     return "real"
@@ -149,19 +149,19 @@ def measure_links(path: str | os.PathLike[str] | None, device: torch.device) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class _Cap:
+class Cap:
     """A cgroup's memory limit, and what of it can not be reclaimed."""
 
     limit: int
     used: int
 
 
-def _cgroup_caps(membership: Path, mount: Path) -> list[_Cap]:
+def cgroup_caps(membership: Path, mount: Path) -> list[Cap]:
     """The caps over this process: its cgroup and every one above it, of version 2 and 1."""
-    caps: list[_Cap] = []
+    caps: list[Cap] = []
     lines = membership.read_text().splitlines() if membership.is_file() else []
     for line in lines:
-        number, controllers, path = line.split(":", 2)
+        number, controllers, path = (*line.split(":", 2), "", "")[:3]
         if number == "0" and not controllers:
             both = mount / "unified"  # where version 1 is mounted too
             root, names = both if both.is_dir() else mount, ("memory.max", "memory.current", "anon")
@@ -180,7 +180,7 @@ def _cgroup_caps(membership: Path, mount: Path) -> list[_Cap]:
     return caps
 
 
-def _cap(folder: Path, limit_name: str, usage_name: str, resident: str) -> _Cap | None:
+def _cap(folder: Path, limit_name: str, usage_name: str, resident: str) -> Cap | None:
     try:
         text = (folder / limit_name).read_text().strip()
         if text == "max":
@@ -191,7 +191,7 @@ def _cap(folder: Path, limit_name: str, usage_name: str, resident: str) -> _Cap 
     with suppress(OSError, ValueError):  # the page cache is counted in, but gives way
         fields = dict(line.split(maxsplit=1) for line in (folder / "memory.stat").read_text().splitlines())
         used = min(used, int(fields[resident]) + int(fields.get("slab_unreclaimable", 0)))
-    return _Cap(limit, used)
+    return Cap(limit, used)
 
 
 def _gpus() -> tuple[Gpu, ...]:
@@ -205,7 +205,7 @@ def _gpus() -> tuple[Gpu, ...]:
     return tuple(found)
 
 
-def _filesystem(path: Path) -> str | None:
+def filesystem_of(path: Path) -> str | None:
     """The type of the filesystem that holds ``path``, by the longest mount point above it."""
     where = path.resolve()
     mounts = [part for part in psutil.disk_partitions(all=True) if where.is_relative_to(part.mountpoint)]
