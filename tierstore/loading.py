@@ -88,7 +88,8 @@ def _engage(checkpoint: Checkpoint, budget: Budget, backend: Backend) -> Session
     unified = backend.engine.unified
     plan = plan_units(units, cut, budget.hbm, budget.ram, fixed_nbytes=fixed, unified=unified, look_up=True)
     with ExitStack() as undo:
-        runtime = Runtime(units, {unit.name: checkpoint.store for unit in units}, plan, backend, tally)
+        stores = {unit.name: checkpoint.store for unit in units}
+        runtime = Runtime(units, stores, plan, backend, tally, ram=budget.ram)
         undo.callback(runtime.close)
         loans = Loans(runtime.prefetcher, runtime.units, runtime.feed.offsets, runtime.keep, runtime)
         binder = Binder(held, cut.groups, loans, backend.device)

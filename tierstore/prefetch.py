@@ -214,7 +214,7 @@ class Prefetcher:
             taken: list[_Held] = []
             try:
                 for name in names:
-                    held = self._held.get(name) or self._bring(name, must=True)
+                    held = self._usable(name) or self._bring(name, must=True)
                     if held is None:
                         break
                     held.users += 1
@@ -232,6 +232,17 @@ class Prefetcher:
             for name in [n for n, h in self._held.items() if not h.users and n not in self._residents]:
                 self._drop(name)
         raise AssertionError("unreachable")
+
+    def _usable(self, name: str) -> _Held | None:
+        """The unit if it is here or on its way; one whose early transfer failed is dropped, to be tried again."""
+        held = self._held.get(name)
+        if held is not None and not held.arrived and not held.users and held.fence.done():
+            try:
+                held.fence.wait()
+            except TierstoreError:
+                self._drop(name)
+                return None
+        return held
 
     def _unhold(self, names: Iterable[str]) -> None:
         mark: Fence | None = None

@@ -26,8 +26,8 @@ from tierstore.slots import SLOT_ALIGN, lay_out
 from tierstore.tensors import Block, Unit
 
 
-TRANSFER_NBYTES = 16 << 20
-"""Host memory that residents pass through on their way to a device, where a plan streams nothing from disk."""
+TRANSFER_NBYTES = (64 << 10, 16 << 20)
+"""Least and most host memory that residents pass through on their way to a device, where nothing streams from disk."""
 
 
 class Runtime:
@@ -35,11 +35,19 @@ class Runtime:
 
     ``stores`` gives each unit's store. Pools and ledgers are separate for what stays (``hbm``,
     ``ram``) and what streams, so that neither can fragment or crowd out the other. Weight bytes are
-    bounded exactly; the pools are larger than the bounds by alignment padding only.
+    bounded exactly; the pools are larger than the bounds by alignment padding only. ``ram`` are the
+    bytes of host memory that the plan was made for.
     """
 
     def __init__(
-        self, units: Sequence[Unit], stores: Mapping[str, Store], plan: Plan, backend: Backend, recorder: Recorder
+        self,
+        units: Sequence[Unit],
+        stores: Mapping[str, Store],
+        plan: Plan,
+        backend: Backend,
+        recorder: Recorder,
+        *,
+        ram: int,
     ) -> None:
         self.units = {unit.name: unit for unit in units}
         self.plan = plan
@@ -47,6 +55,7 @@ class Runtime:
         self._stores = stores
         self._unified = backend.engine.unified
         self._recorder = recorder
+        self._ram = ram
         self._closing = ExitStack()
         self._blocks: dict[str, tuple[Unit, Block]] = {b.name: (u, b) for u in units for b in u.blocks}
         tiers = plan.tier
@@ -147,10 +156,10 @@ class Runtime:
         else:
             keep = [u for u in self.units.values() if self.plan.tier[u.name] is Tier.RAM]
             passing = [u for u in self.units.values() if self.plan.tier[u.name] is not Tier.RAM]
-            ring = self.plan.staging_nbytes or (TRANSFER_NBYTES if passing else 0)
-            staging = self.backend.host_pool(
-                sum(align_up(lay_out(u).nbytes, SLOT_ALIGN) for u in keep) + ring + (8 * SLOT_ALIGN if ring else 0)
-            )
+            least, most = TRANSFER_NBYTES
+            spare = self._ram - self.plan.resident_nbytes[Tier.RAM]
+            ring = self.plan.staging_nbytes or (min(max(spare, least), most) if passing else 0)
+            staging = self.backend.host_pool(sum(align_up(lay_out(u).nbytes, SLOT_ALIGN) for u in keep) + ring)
             self._closing.callback(self.backend.engine.close)
             self._closing.callback(staging.close)
             feed = StagedFeed(self._stores, staging, self.backend.engine, self._recorder, keep=keep)

@@ -1,0 +1,49 @@
+"""A tiny checkpoint with sharded weights, and the backends every session must be right on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tierstore.backends import Backend, backend_for
+from tierstore.testing.adversary import adversary
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random bf16 Llama of 6 layers, 3.2 MiB, in several shards."""
+    path = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path, max_shard_size="1MB")
+    return path
+
+
+@pytest.fixture(params=["cpu", "adversary-1", "adversary-2"])
+def make_backend(request: pytest.FixtureRequest) -> Iterator[Callable[[], Backend]]:
+    """Makes a fresh backend a session; adversaries are asked for faults at the end."""
+    made = []
+
+    def make() -> Backend:
+        if request.param == "cpu":
+            return backend_for("cpu")
+        adverse = adversary(int(request.param[-1]) + 100 * len(made))
+        made.append(adverse)
+        return Backend(torch.device("cpu"), adverse.engine, adverse.pool, adverse.pool)
+
+    yield make
+    for adverse in made:
+        adverse.engine.check()
