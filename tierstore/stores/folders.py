@@ -44,7 +44,7 @@ Source = Buffer | Callable[[], Buffer]
 
 @dataclass(frozen=True, slots=True)
 class StoredArray:
-    """One tensor on disk. ``crcs``: its bytes have one of these CRC32C (two while they are being replaced)."""
+    """One tensor on disk. ``crcs``: its bytes have one of these CRC32C (several while they are being replaced)."""
 
     spec: TensorSpec
     crcs: tuple[int, ...] = (0,)
@@ -130,8 +130,9 @@ class FolderLock:
                 raise
             os.close(fd)  # its last holder deleted it between our open and our lock
         self._fd = fd
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        with suppress(OSError):  # only to name us to others: a full disk is no reason to fail
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
 
     @property
     def held(self) -> bool:
@@ -206,6 +207,13 @@ def write_group(root: Path, stored: Stored, sources: Sequence[Source]) -> Stored
     os.rename(group, root / GROUP)
     sync([root, root.parent])
     return whole
+
+
+def delete_unfinished(group: Path, arrays: Iterable[StoredArray]) -> None:
+    """Delete what a killed process was about to put in the place of another file."""
+    for array in arrays:
+        for file in (Path("c") / "0", Path("zarr.json")):
+            (group / array.folder / f"{file}{NEW}").unlink(missing_ok=True)
 
 
 def delete_group(root: Path, arrays: Iterable[StoredArray]) -> None:

@@ -34,6 +34,7 @@ from tierstore.stores.folders import (
     StoredArray,
     claim,
     delete_group,
+    delete_unfinished,
     find_stored,
     unique_arrays,
     write_group,
@@ -149,6 +150,7 @@ class SpillStore:
                 stored = find_stored(root, fingerprint)
                 if stored is None:
                     raise StoreError(missing)
+                delete_unfinished(root / GROUP, stored.arrays)
                 return cls(root, stored, lock, made_root=False, limit_nbytes=limit_nbytes, threads=threads)
             except BaseException:
                 lock.release(delete=lock.made)
@@ -185,7 +187,6 @@ class SpillStore:
         with self._writing, store_errors(f"cannot replace tensor {name!r} in {str(self._root)!r}"):
             if not self._lock.held:
                 raise StoreError("the store is closed: open it again to write")
-            before = self.nbytes
             self._grow(array.spec.nbytes)
             try:
                 crc = write_data(new, data)
@@ -194,18 +195,15 @@ class SpillStore:
                     for fence in self._reads:
                         fence.settle()
                     # Until the exchange is durable either may be found, so both are right.
-                    self._describe(number, replace(array, crcs=(array.crcs[-1], crc)))
+                    self._describe(number, replace(array, crcs=(*array.crcs, crc)))
                     os.replace(new, chunk)
-                    sync([chunk.parent])
-                    self._reader.reopen(number)
                     self._trusted.discard(number)
+                    self._reader.reopen(number)
+            finally:  # either the old bytes are gone or the new ones
                 self.nbytes -= array.spec.nbytes
-                self._describe(number, replace(array, crcs=(crc,)))
-            except BaseException:
-                if os.path.lexists(new):
-                    new.unlink()
-                    self.nbytes = before
-                raise
+                new.unlink(missing_ok=True)
+            sync([chunk.parent])
+            self._describe(number, replace(array, crcs=(crc,)))
 
     def close(self) -> None:
         """End the threads, close the files, let others have the folder; what is written stays. Idempotent."""
