@@ -35,7 +35,8 @@ class Tier(StrEnum):
 def parse_nbytes(value: int | str, *, what: str = "size") -> int:
     """Bytes from an int or from text such as ``"8GiB"`` (2**30), ``"8GB"`` (10**9), ``"512MiB"``.
 
-    Fractions of a unit are rounded down to bytes. Raises ``BudgetError`` for anything else: negative, fractional bytes, booleans, unknown units.
+    Fractions of a unit are rounded down to bytes. Raises ``BudgetError`` for anything else: negative numbers,
+    fractional bytes, booleans, unknown units.
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise BudgetError(

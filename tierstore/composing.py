@@ -21,7 +21,13 @@ UNIT_NBYTES = 64 << 20
 """Subtrees are fetched whole up to this size: larger units only make the ring larger."""
 
 TYPICAL_LINKS = Links(nvme_bytes_per_second=2e9, ram_bytes_per_second=2e10, latency_seconds=1e-4)
-"""What the planner assumes before anything has moved; only ring sizes depend on it."""
+"""What the planner assumes where nothing was measured yet; only ring sizes depend on it."""
+
+TYPICAL_COMPUTE = 1e10
+"""Weight bytes per second of a memory-bound pass, where nothing was measured yet."""
+
+TIGHT = 3
+"""Below this many times the largest operation's weights, no weight stays: all memory streams."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +59,24 @@ def cut_module(root: nn.Module, held: Sequence[Held], nbytes: Mapping[str, int],
         leaf_limit_nbytes=hbm // 2,
         looked_up=looked_up,
     )
-    return Cut(tuple(groups), _order_of(root, groups, owners, looked_up), _step_nbytes(root, owners, nbytes))
+    return Cut(tuple(groups), _order_of(root, groups, owners, looked_up), _step_nbytes(root, groups, owners, nbytes))
 
 
 def plan_units(
-    units: Sequence[Unit], cut: Cut, hbm: int, ram: int, *, fixed_nbytes: int, unified: bool, look_up: bool
+    units: Sequence[Unit],
+    cut: Cut,
+    hbm: int,
+    ram: int,
+    *,
+    fixed_nbytes: int,
+    unified: bool,
+    look_up: bool,
+    links: Links = TYPICAL_LINKS,
+    compute_bytes_per_second: float = TYPICAL_COMPUTE,
 ) -> Plan:
     """A plan for ``units`` in ``hbm`` bytes, beside ``fixed_nbytes`` that stay for other reasons.
 
+    ``compute_bytes_per_second`` are weight bytes that one token's pass computes with in a second.
     With ``look_up``, tables that the order leaves out rest on disk, where their rows are read, unless
     everything fits in memory.
 
@@ -121,15 +137,25 @@ def _order_of(
     return tuple(name for module in root.modules() for name in uses.get(module, ()))
 
 
-def _step_nbytes(root: nn.Module, owners: Mapping[str, Mapping[nn.Module, None]], nbytes: Mapping[str, int]) -> int:
-    """An upper bound of what one operation needs: a module's own tensors, or all of those that torch fuses."""
-    direct: dict[nn.Module, int] = {}
+def _step_nbytes(
+    root: nn.Module,
+    groups: Sequence[Group],
+    owners: Mapping[str, Mapping[nn.Module, None]],
+    nbytes: Mapping[str, int],
+) -> int:
+    """An upper bound of what one operation needs of more than one unit: the tensors of a module, or all of those
+    that torch fuses. 0 when every operation needs one unit."""
+    unit_of = {block: group for group in groups for block in group.blocks}
+    used: dict[nn.Module, set[str]] = {}
     for block, holders in owners.items():
         for module in holders:
-            direct[module] = direct.get(module, 0) + nbytes[block]
+            used.setdefault(module, set()).add(unit_of[block].name)
+    sizes = {group.name: sum(nbytes[block] for block in group.blocks) for group in groups}
     fused = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-    steps = [
-        sum(direct.get(m, 0) for m in module.modules()) if isinstance(module, fused) else direct.get(module, 0)
-        for module in root.modules()
-    ]
-    return max(steps, default=0)
+    largest = 0
+    for module in root.modules():
+        parts = module.modules() if isinstance(module, fused) else [module]
+        step = set[str]().union(*(used.get(part, set()) for part in parts))
+        if len(step) > 1:
+            largest = max(largest, sum(sizes[name] for name in step))
+    return largest

@@ -16,9 +16,10 @@ from tierstore.binding.binder import Binder, Held, become_real, metas_of
 from tierstore.binding.inventory import Entry, find_entries
 from tierstore.binding.loans import Loans
 from tierstore.budget import Budget
-from tierstore.composing import align_of, cut_module, plan_units
+from tierstore.composing import TYPICAL_COMPUTE, TYPICAL_LINKS, align_of, cut_module, plan_units
 from tierstore.errors import BudgetError, DeviceError
 from tierstore.machine import check_budget, inspect_machine
+from tierstore.measuring import measure_compute, measure_store
 from tierstore.report.tally import Tally
 from tierstore.runtime import Runtime
 from tierstore.session import Engaged, Session
@@ -26,6 +27,9 @@ from tierstore.tensors import Block, Unit
 
 if TYPE_CHECKING:
     from tierstore.hf.checkpoint import Checkpoint
+
+MEASURED_FROM = 1 << 30
+"""Models from this size on are worth the time that measuring disk and compute takes before the plan is made."""
 
 
 def load(
@@ -85,8 +89,19 @@ def _engage(checkpoint: Checkpoint, budget: Budget, backend: Backend) -> Session
     held, blocks = _blocks_of(entries, checkpoint, backend.device)
     cut = cut_module(module, held, {n: b.nbytes for n, b in blocks.items()}, max(budget.hbm - fixed, 0))
     units = [Unit(group.name, tuple(blocks[b] for b in group.blocks)) for group in cut.groups]
-    unified = backend.engine.unified
-    plan = plan_units(units, cut, budget.hbm, budget.ram, fixed_nbytes=fixed, unified=unified, look_up=True)
+    large = sum(unit.nbytes for unit in units) > max(budget.hbm, MEASURED_FROM)
+    dtype = next((e.tensor.dtype for e in entries if e.tensor.is_floating_point()), torch.float32)
+    plan = plan_units(
+        units,
+        cut,
+        budget.hbm,
+        budget.ram,
+        fixed_nbytes=fixed,
+        unified=backend.engine.unified,
+        look_up=True,
+        links=measure_store(checkpoint.store, TYPICAL_LINKS) if large else TYPICAL_LINKS,
+        compute_bytes_per_second=measure_compute(dtype, backend.device) if large else TYPICAL_COMPUTE,
+    )
     with ExitStack() as undo:
         stores = {unit.name: checkpoint.store for unit in units}
         runtime = Runtime(units, stores, plan, backend, tally, ram=budget.ram)
@@ -94,7 +109,7 @@ def _engage(checkpoint: Checkpoint, budget: Budget, backend: Backend) -> Session
         loans = Loans(runtime.prefetcher, runtime.units, runtime.feed.offsets, runtime.keep, runtime)
         binder = Binder(held, cut.groups, loans, backend.device)
         binder.bind()
-        engaged = Engaged(module, runtime, binder)
+        engaged = Engaged(module, runtime, binder, tally)
         runtime.prefetcher.start()
         undo.pop_all()
     return Session(

@@ -99,7 +99,7 @@ class _Offloading:
         )
         with ExitStack() as undo:
             units, stores, spill = self._store(units, spans, plan, undo)
-            runtime = Runtime(units, stores, plan, self._backend, self._tally)
+            runtime = Runtime(units, stores, plan, self._backend, self._tally, ram=self._budget.ram)
             undo.callback(runtime.close)
             kept = {block.name for unit in units for block in unit.blocks}
             bound = [item for item in held if item.block in kept]
@@ -183,7 +183,7 @@ class _Offloading:
         if not self._unified:
             runtime.fill()
         binder.bind()
-        engaged = Engaged(self._module, runtime, binder)
+        engaged = Engaged(self._module, runtime, binder, self._tally)
         if not self._unified:
             engaged.settle()
         runtime.prefetcher.start()

@@ -17,7 +17,7 @@ from tierstore.errors import PlanError
 from tierstore.simulate import Links, simulate
 from tierstore.tensors import Unit
 
-__all__ = ["Links", "Plan", "build_plan"]
+__all__ = ["Links", "Plan", "build_plan", "remeasure"]
 
 RING_NBYTES = 32 << 20
 """Bytes in flight behind the unit in use that keep a link busy when units are small."""
@@ -113,6 +113,17 @@ def build_plan(
 
         fastest = min(_placements(sizes, Counter(sequence), budget, unified, pinned, step, cover), key=cost)
     return _describe(units, sequence, fastest, unified, links, compute)
+
+
+def remeasure(
+    plan: Plan, units: Sequence[Unit], *, links: Links, compute_seconds: Mapping[str, float] | None = None
+) -> Plan:
+    """The same placement, with the figures that ``links`` and ``compute_seconds`` (per visit) give for it.
+
+    ``units`` are those that ``plan`` was made for.
+    """
+    placement = _Placement(dict(plan.tier), plan.ring_nbytes, plan.staging_nbytes)
+    return _describe(units, plan.order, placement, plan.unified, links, dict(compute_seconds or {}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,6 @@ from tierstore.prefetch import Prefetcher
 from tierstore.slots import SLOT_ALIGN, lay_out
 from tierstore.tensors import Block, Unit
 
-
 TRANSFER_NBYTES = (64 << 10, 16 << 20)
 """Least and most host memory that residents pass through on their way to a device, where nothing streams from disk."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,7 +13,9 @@ from torch import nn
 
 from tierstore.binding.binder import Binder
 from tierstore.binding.passes import Passes
-from tierstore.plan import Plan
+from tierstore.budget import Tier
+from tierstore.composing import TYPICAL_LINKS
+from tierstore.plan import Links, Plan, remeasure
 from tierstore.report.report import Report
 from tierstore.report.tally import Tally
 from tierstore.runtime import Runtime
@@ -21,12 +24,16 @@ from tierstore.runtime import Runtime
 class Engaged:
     """What is at work while a session has weights to move: machinery, ghosts and pass watching."""
 
-    def __init__(self, module: nn.Module, runtime: Runtime, binder: Binder) -> None:
+    def __init__(self, module: nn.Module, runtime: Runtime, binder: Binder, tally: Tally) -> None:
         self.runtime = runtime
         self.binder = binder
         self.passes = 0
+        self._tally = tally
+        self._pass_began = 0.0
+        self._stalled_before = 0.0
+        self._compute_seconds: float | None = None
         self._unsettled = set(runtime.residents)
-        self._watch = Passes(module, self._begin_pass, self._end_pass)
+        self._watch = Passes(module, self._end_pass)
 
     def settle(self) -> None:
         """Give every resident that has arrived its memory for good."""
@@ -37,17 +44,36 @@ class Engaged:
         if not self._unsettled:
             self.runtime.prefetcher.settle()
 
+    def measured_plan(self) -> Plan:
+        """The plan with the rates and the compute time seen so far; as it was made, before a second pass is over."""
+        plan = self.runtime.plan
+        if self._compute_seconds is None:
+            return plan
+        ordered = set(plan.order)
+        units = [u for u in self.runtime.units.values() if u.name in ordered or plan.tier[u.name] is not Tier.NVME]
+        rate = self._compute_seconds / max(sum(unit.nbytes for unit in units), 1)
+        rates = self._tally.rates()
+        links = Links(
+            nvme_bytes_per_second=rates.get("nvme", TYPICAL_LINKS.nvme_bytes_per_second),
+            ram_bytes_per_second=rates.get("ram", TYPICAL_LINKS.ram_bytes_per_second),
+        )
+        known = {unit.name for unit in units}
+        order = tuple(name for name in plan.order if name in known)
+        return remeasure(
+            replace(plan, order=order), units, links=links, compute_seconds={u.name: u.nbytes * rate for u in units}
+        )
+
     def stop(self) -> None:
         """Stop watching passes. Idempotent."""
         self._watch.close()
-
-    def _begin_pass(self) -> None:
-        self.binder.abandon_turns()
 
     def _end_pass(self, whole: bool) -> None:
         if not whole:
             self.runtime.prefetcher.drop_pass()
             return
+        if self.passes:  # the first pass learns, and brings residents
+            waited = self._tally.stalled_seconds - self._stalled_before
+            self._compute_seconds = max(time.perf_counter() - self._pass_began - waited, 1e-9)
         self.passes += 1
         self.runtime.prefetcher.end_pass()
         if self._unsettled:
@@ -57,7 +83,8 @@ class Engaged:
 class Session:
     """An offloaded module. A context manager; ``close()`` does the same, once.
 
-    ``module`` is the module to run, ``plan`` where its weights are and what bounds its speed.
+    ``module`` is the module to run, ``plan`` where its weights are and what bounds its speed (with the
+    rates measured while running, once there are any).
     ``checkpoint_path`` is the directory a loaded model came from, None for a module given in memory.
     """
 
@@ -75,7 +102,7 @@ class Session:
         checkpoint_path: Path | None = None,
     ) -> None:
         self.module = module
-        self.plan = plan
+        self._plan = plan
         self.checkpoint_path = checkpoint_path
         self._tally = tally
         self._engaged = engaged
@@ -87,11 +114,16 @@ class Session:
         self._ended: float | None = None
         self._last_peaks: dict[str, int] = {}
 
+    @property
+    def plan(self) -> Plan:
+        """Where the weights are and what bounds the speed."""
+        return self._engaged.measured_plan() if self._engaged is not None else self._plan
+
     def report(self) -> Report:
         """What happened so far; also after ``close()``. Cheap enough to poll."""
         return self._tally.report(
             peak_bytes=self._peaks(),
-            resident_share=self.plan.share,
+            resident_share=self._plan.share,
             passes=self._engaged.passes if self._engaged else 0,
             seconds=(self._ended or time.perf_counter()) - self._started,
             notes=self._notes,

@@ -68,6 +68,7 @@ class Tally:
         self._lock = Lock()
         self._links: dict[str, _Link] = {}
         self._stalls: dict[str, float] = {}
+        self._stalled = 0.0
         self._misses = 0
 
     def __call__(self, event: Event, /) -> None:
@@ -81,9 +82,25 @@ class Tally:
                     link.moves += 1
                     link.busy.add(event.start, event.end)
                 case Stalled():
+                    self._stalled += event.seconds
                     self._stalls[event.unit] = self._stalls.get(event.unit, 0.0) + event.seconds
                 case Missed():
                     self._misses += 1
+
+    @property
+    def stalled_seconds(self) -> float:
+        """Seconds that compute has waited so far, for all units."""
+        return self._stalled
+
+    def rates(self) -> dict[str, float]:
+        """Bytes per second of busy time, by the tier that a link starts from; where several do, the slowest."""
+        with self._lock:
+            found: dict[str, float] = {}
+            for name, link in self._links.items():
+                if link.busy.seconds > 0:
+                    tier = name.partition("->")[0]
+                    found[tier] = min(found.get(tier, float("inf")), link.nbytes / link.busy.seconds)
+            return found
 
     def report(
         self,

@@ -1,0 +1,54 @@
+"""Measures, in a few hundredths of a second, what a plan for a large model should know."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.nn.functional as F
+
+from tierstore.contracts import ReadRequest, Store
+from tierstore.extents import Extent
+from tierstore.pools.host import HostPool
+from tierstore.simulate import Links
+
+SAMPLE_NBYTES = 64 << 20
+"""Bytes read to time a store: long enough for four reads in flight, short beside a model worth measuring for."""
+
+COMPUTE_NBYTES = 16 << 20
+
+
+def measure_store(store: Store, typical: Links) -> Links:
+    """``typical`` with the store's own read rate, from one read of up to 64 MiB of its largest tensor."""
+    name = max(store.specs, key=lambda n: store.specs[n].nbytes, default=None)
+    if name is None:
+        return typical
+    piece = max(store.pieces(name), key=lambda p: p.extent.nbytes)
+    nbytes = min(SAMPLE_NBYTES, piece.extent.nbytes)
+    pool = HostPool(nbytes + 4096)
+    try:
+        lease = pool.lease(nbytes, align=4096)
+        if not nbytes or lease is None:
+            return typical
+        lease.buffer.zero_()  # memory is first touched here, not while the disk is timed
+        start = time.perf_counter()
+        store.read([ReadRequest(piece.file, Extent(piece.extent.offset, nbytes), lease.buffer)]).wait()
+        seconds = time.perf_counter() - start
+    finally:
+        pool.close()
+    return Links(nbytes / seconds, typical.ram_bytes_per_second, typical.latency_seconds)
+
+
+def measure_compute(dtype: torch.dtype, device: torch.device) -> float:
+    """Weight bytes per second that a one-row matrix product computes with on ``device``."""
+    columns = 2048
+    rows = COMPUTE_NBYTES // (columns * dtype.itemsize)
+    with torch.no_grad():
+        weight = torch.ones(rows, columns, device=device).to(dtype)
+        row = torch.ones(1, columns, device=device).to(dtype)
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            F.linear(row, weight).sum().item()
+            seconds.append(time.perf_counter() - start)
+    return COMPUTE_NBYTES / min(seconds)
