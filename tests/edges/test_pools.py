@@ -118,20 +118,24 @@ def test_a_view_outlives_its_pool() -> None:
     assert bool((view == 7).all())
 
 
-def test_segments_are_pinned_when_first_leased() -> None:
+def test_segments_are_pinned_when_first_used() -> None:
     driver = FakeDriver()
     pool = HostPool(64 * PAGE, registrar=driver)
-    assert driver.pinned == {}
     first = pool.lease(100)
     assert first is not None
+    assert driver.pinned == {}
+    assert tensor_of(first).numel() == 100
     assert pool.is_pinned(first.extent)
     assert not pool.is_pinned(Extent(0, 64 * PAGE))
     assert 0 < pool.pinned_nbytes <= 4 * PAGE
     asked = driver.asked
     first.give_back(DONE)
-    assert pool.lease(100) is not None
+    again, rest = pool.lease(100), pool.lease(63 * PAGE)
+    assert again is not None
+    assert rest is not None
+    assert tensor_of(again).numel() == 100
     assert driver.asked == asked
-    assert pool.lease(63 * PAGE) is not None
+    assert tensor_of(rest).numel() == 63 * PAGE
     assert pool.is_pinned(Extent(0, 64 * PAGE))
     assert pool.pinned_nbytes == 64 * PAGE == sum(driver.pinned.values())
     assert pool.notes == []
@@ -152,7 +156,9 @@ def test_what_the_driver_refuses_stays_pageable_and_is_said_once() -> None:
     assert not pool.is_pinned(Extent(32 * PAGE, PAGE))
     lease.give_back(DONE)
     asked = driver.asked
-    assert pool.lease(64 * PAGE) is not None
+    again = pool.lease(64 * PAGE)
+    assert again is not None
+    assert tensor_of(again).numel() == 64 * PAGE
     assert driver.asked == asked
     assert len(pool.notes) == 1
     assert "pageable" in pool.notes[0]

@@ -51,7 +51,10 @@ class CudaFence:
 
     def gate(self) -> None:
         """Make this thread's current stream wait; the host goes on."""
-        torch.cuda.current_stream(self._device).wait_event(self._event)
+        try:
+            torch.cuda.current_stream(self._device).wait_event(self._event)
+        except RuntimeError as error:
+            raise _failed(self._device, error) from error
 
     def __del__(self) -> None:
         if self._spare is not None:
@@ -132,22 +135,20 @@ class CudaCopyEngine:
         if any(src.is_cuda is not down or dst.is_cuda is down for src, dst in tensors):
             raise ValueError("one copy goes either to the device or from it: make two calls")
         stream = self._down if down else self._up
-        try:
-            with torch.cuda.stream(stream):
-                # Outside the lock: the fence of a copy that is yet to be issued is waited for by the host.
-                for fence in after:
-                    fence.gate()
-                with self._issuing:
-                    span = self._span()
+        with torch.cuda.stream(stream):
+            # Outside the lock: where a fence stands for a copy that is yet to be issued, the host waits here.
+            for fence in after:
+                fence.gate()
+            with self._issuing:
+                span = self._spans.pop() if self._spans else (_span_event(), _span_event())
+                try:
                     span[0].record(stream)
                     for src, dst in tensors:
                         for source, target in within_segments(src, dst, down):
                             target.copy_(source, non_blocking=True)
                     span[1].record(stream)
-        except RuntimeError as error:
-            if isinstance(error, DeviceError):
-                raise
-            raise _failed(self._device, error) from error
+                except RuntimeError as error:
+                    raise _failed(self._device, error) from error
         return CudaCopyFence(span, self._clock, self._device, self._spans)
 
     def mark(self) -> Fence:
@@ -156,7 +157,10 @@ class CudaCopyEngine:
             event = self._marks.pop()
         except IndexError:
             event = _mark_event()
-        event.record(torch.cuda.current_stream(self._device))
+        try:
+            event.record(torch.cuda.current_stream(self._device))
+        except RuntimeError as error:
+            raise _failed(self._device, error) from error
         return CudaFence(event, self._device, self._marks)
 
     def close(self) -> None:
@@ -164,9 +168,6 @@ class CudaCopyEngine:
         with suppress(RuntimeError):  # a device that failed has nothing under way
             self._up.synchronize()
             self._down.synchronize()
-
-    def _span(self) -> _Span:
-        return self._spans.pop() if self._spans else (_span_event(), _span_event())
 
 
 def _mark_event() -> torch.cuda.Event:

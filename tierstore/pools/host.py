@@ -37,9 +37,9 @@ class Registrar(Protocol):
 class HostPool(RegionPool):
     """``nbytes`` of anonymous memory, rounded up to pages; a page costs nothing until it is first written.
 
-    With ``registrar`` a segment is pinned when it is first leased. Where the driver refuses, that segment
-    and those not pinned by then stay pageable, and ``notes`` says so. Raises ``CapacityError`` when the
-    system refuses the address range.
+    With ``registrar`` a segment is pinned when a buffer in it is first used: pinning takes longer than reading what
+    goes there, and would delay the first token if it came first. Where the driver refuses, that segment and those not
+    pinned by then stay pageable, and ``notes`` says so. Raises ``CapacityError`` when the system refuses the range.
     """
 
     def __init__(self, nbytes: int, *, registrar: Registrar | None = None, name: str = "the host pool") -> None:
@@ -64,7 +64,7 @@ class HostPool(RegionPool):
         return sum(end - start for start, end in map(self._bounds, self._pinned))
 
     def close(self) -> None:
-        """Unpin, then release the memory: at once, or with the last view of it that is still held. Idempotent."""
+        """Unpin, then release the memory: at once, or with the last lease or view of it. Idempotent."""
         super().close()
         with self._lock:
             pinned, self._pinned, registrar, self._registrar = self._pinned, set(), self._registrar, None
@@ -72,7 +72,7 @@ class HostPool(RegionPool):
             for number in pinned:
                 registrar.unregister(self._bounds(number)[0])
 
-    def _ready(self, extent: Extent) -> None:
+    def _prepare(self, extent: Extent) -> None:
         segments = self._segments(extent)
         if self._tried.issuperset(segments):
             return

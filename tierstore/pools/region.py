@@ -15,22 +15,32 @@ from tierstore.extents import Extent
 
 
 class RegionLease:
-    """A lease of a ``RegionPool``: ``buffer`` is a view of its region, uint8, shape ``(extent.nbytes,)``."""
+    """A lease of a ``RegionPool``."""
 
-    __slots__ = ("_pool", "after", "buffer", "extent")
+    __slots__ = ("_buffer", "_ended", "_pool", "_region", "after", "extent")
 
-    def __init__(self, pool: RegionPool, extent: Extent, buffer: torch.Tensor, after: Sequence[Fence]) -> None:
-        self._pool: RegionPool | None = pool
+    def __init__(self, pool: RegionPool, extent: Extent, region: torch.Tensor, after: Sequence[Fence]) -> None:
+        self._pool = pool
+        self._region = region
+        self._buffer: torch.Tensor | None = None
+        self._ended = False
         self.extent = extent
-        self.buffer = buffer
         self.after = after
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """A view of the pool's region, uint8, shape ``(extent.nbytes,)``."""
+        if self._buffer is None:
+            self._pool._prepare(self.extent)
+            self._buffer = self._region[self.extent.offset : self.extent.end]
+        return self._buffer
 
     def give_back(self, fence: Fence) -> None:
         """End the lease; the memory may be written again once ``fence`` is complete. Once only: ``ValueError``."""
-        pool, self._pool = self._pool, None
-        if pool is None:
+        if self._ended:
             raise ValueError(f"the lease of {self.extent} was given back before: a lease ends once")
-        pool._take_back(self.extent, fence)
+        self._ended = True
+        self._pool._take_back(self.extent, fence)
 
 
 class RegionPool:
@@ -63,17 +73,16 @@ class RegionPool:
             while self._pending and self._pending[0][1].done():
                 self._pending.popleft()
             after = [fence for earlier, fence in self._pending if earlier.overlaps(extent) and not fence.done()]
-        self._ready(extent)
-        return RegionLease(self, extent, region[extent.offset : extent.end], after)
+        return RegionLease(self, extent, region, after)
 
     def close(self) -> None:
-        """Release the memory: at once, or with the last view of it that is still held. Idempotent."""
+        """Release the memory: at once, or with the last lease or view of it that is still held. Idempotent."""
         with self._lock:
             self._region = None
             self._pending.clear()
 
-    def _ready(self, extent: Extent) -> None:
-        """Called before ``extent`` is handed out."""
+    def _prepare(self, extent: Extent) -> None:
+        """Called before the first byte of a lease of ``extent`` is used."""
 
     def _take_back(self, extent: Extent, fence: Fence) -> None:
         with self._lock:

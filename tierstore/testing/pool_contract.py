@@ -146,9 +146,10 @@ class PoolContract:
     def test_memory_made_in_inference_mode_is_ordinary(self, make_pool: MakePool) -> None:
         with torch.inference_mode():
             lease = make_pool(4096).lease(64)
-        assert lease is not None
-        tensor_of(lease).fill_(1)
-        assert not tensor_of(lease).is_inference()
+            assert lease is not None
+            buffer = tensor_of(lease)
+        buffer.fill_(1)
+        assert not buffer.is_inference()
 
     def test_close_is_idempotent_and_ends_leasing(self, make_pool: MakePool) -> None:
         pool = make_pool(4096)
