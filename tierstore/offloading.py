@@ -20,7 +20,7 @@ from tierstore.binding.relocation import Relocated
 from tierstore.budget import Budget, Tier, format_nbytes
 from tierstore.composing import TYPICAL_LINKS, align_of, cut_module, plan_units
 from tierstore.contracts import Store
-from tierstore.errors import ModuleError, PlanError
+from tierstore.errors import BudgetError, ModuleError, PlanError
 from tierstore.machine import check_budget, inspect_machine
 from tierstore.plan import Plan, build_plan
 from tierstore.report.tally import Tally
@@ -55,7 +55,7 @@ def offload(
     if not isinstance(module, nn.Module):
         raise ModuleError(f"offload takes a torch.nn.Module, got {type(module).__name__}")
     if not isinstance(budget, Budget):
-        raise ModuleError(f"offload takes a Budget, got {type(budget).__name__}: write Budget(hbm='4GiB', ...)")
+        raise BudgetError(f"offload takes a Budget, got {type(budget).__name__}: write Budget(hbm='4GiB', ...)")
     chosen = backend or backend_for(device)
     check_budget(budget, inspect_machine(), chosen.device)
     return _Offloading(module, budget, None if store is None else Path(store), chosen).session()

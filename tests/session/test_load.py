@@ -38,6 +38,11 @@ def generate(model: Any) -> torch.Tensor:
     return model.generate(PROMPT, attention_mask=MASK, max_new_tokens=6, do_sample=False)  # type: ignore[no-any-return]
 
 
+def run_passes(model: Any, count: int) -> None:
+    for _ in range(count):
+        model(PROMPT)
+
+
 def files_below(path: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in path.rglob("*")}
 
@@ -141,8 +146,7 @@ def test_reading_a_failed_disk_is_an_error_once_and_right_after(
         assert torch.equal(session.module(PROMPT).logits, expected[0])
         broken = True
         with pytest.raises(errors.StoreReadError, match="Input/output error"):
-            for _ in range(3):
-                session.module(PROMPT)
+            run_passes(session.module, 3)
         broken = False
         for _ in range(2):
             assert torch.equal(session.module(PROMPT).logits, expected[0])
@@ -158,8 +162,7 @@ def test_a_shard_cut_short_while_open(checkpoint: Path, tmp_path: Path, nbytes: 
             with shard.open("r+b") as file:
                 file.truncate(5000)
         with pytest.raises(errors.StoreReadError, match=r"\.safetensors"), torch.no_grad():
-            for _ in range(3):
-                session.module(PROMPT)
+            run_passes(session.module, 3)
 
 
 @pytest.mark.parametrize(
