@@ -15,10 +15,10 @@ from tierstore.backends import Backend, backend_for
 from tierstore.binding.binder import Binder, Held, become_real, metas_of
 from tierstore.binding.inventory import Entry, find_entries
 from tierstore.binding.loans import Loans
-from tierstore.budget import Budget
+from tierstore.budget import Budget, Tier
 from tierstore.composing import TYPICAL_COMPUTE, TYPICAL_LINKS, align_of, cut_module, plan_units
 from tierstore.errors import BudgetError, DeviceError
-from tierstore.machine import check_budget, inspect_machine
+from tierstore.machine import check_budget, check_room, inspect_machine
 from tierstore.measuring import measure_compute, measure_store
 from tierstore.report.tally import Tally
 from tierstore.runtime import Runtime
@@ -101,6 +101,13 @@ def _engage(checkpoint: Checkpoint, budget: Budget, backend: Backend) -> Session
         look_up=True,
         links=measure_store(checkpoint.store, TYPICAL_LINKS) if large else TYPICAL_LINKS,
         compute_bytes_per_second=measure_compute(dtype, backend.device) if large else TYPICAL_COMPUTE,
+    )
+    pinned = 0 if backend.engine.unified else plan.staging_nbytes
+    check_room(
+        fixed + plan.resident_nbytes[Tier.HBM] + plan.ring_nbytes,
+        plan.resident_nbytes[Tier.RAM] + pinned,
+        inspect_machine(),
+        backend.device,
     )
     with ExitStack() as undo:
         stores = {unit.name: checkpoint.store for unit in units}

@@ -19,7 +19,7 @@ import torch
 from tierstore.budget import Budget, format_nbytes
 from tierstore.errors import BudgetError, StoreReadError
 
-HEADROOM_NBYTES = 384 << 20
+HEADROOM_NBYTES = 256 << 20
 """RAM left beside the budget for activations, workspace and the allocator. A process that comes near its cgroup cap
 does not die, it reclaims for ever: a budget that would bring it there is refused."""
 HBM_HEADROOM_NBYTES = 256 << 20
@@ -84,28 +84,48 @@ def inspect_machine(path: str | os.PathLike[str] | None = None) -> Machine:
 
 
 def check_budget(budget: Budget, machine: Machine, device: torch.device) -> None:
-    """Raises ``BudgetError`` when ``budget`` is more than ``machine`` can give while it also computes on ``device``."""
+    """Raises ``BudgetError`` when ``budget`` is more than ``machine`` or a cap over this process could ever give."""
     on_gpu = device.type == "cuda"
     if on_gpu:
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        gpu = next((gpu for gpu in machine.gpus if gpu.index == index), None)
+        gpu = _gpu_of(machine, device)
+        total = gpu.total_nbytes if gpu is not None else 0
+        _refuse("Budget.hbm", budget.hbm, total, 0, f"all that {gpu.name if gpu is not None else device} has")
+    asked, names = (budget.ram, "Budget.ram") if on_gpu else (budget.hbm + budget.ram, "Budget.hbm and Budget.ram")
+    cap = machine.cgroup_limit_nbytes
+    if asked:
+        most = machine.ram_nbytes if cap is None else min(cap, machine.ram_nbytes)
+        _refuse(names, asked, most, 0, f"all the RAM there is{_capped(cap)}")
+
+
+def check_room(hbm: int, ram: int, machine: Machine, device: torch.device) -> None:
+    """Raises ``BudgetError`` when ``hbm`` and ``ram`` bytes, which a plan is about to take, are not free on ``machine``
+    with room left to compute on ``device``."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        gpu = _gpu_of(machine, device)
         free = gpu.free_nbytes if gpu is not None else 0
         what = f"{gpu.name} ({device})" if gpu is not None else str(device)
-        _refuse("Budget.hbm", budget.hbm, free, HBM_HEADROOM_NBYTES, f"free on {what}")
-    need, names = (budget.ram, "Budget.ram") if on_gpu else (budget.hbm + budget.ram, "Budget.hbm and Budget.ram")
-    cap = machine.cgroup_limit_nbytes
-    below = f"available of {format_nbytes(machine.ram_nbytes)} of RAM"
-    if cap is not None:
-        below += f" and a memory cap (cgroup) of {format_nbytes(cap)}"
+        _refuse("Budget.hbm", hbm, free, HBM_HEADROOM_NBYTES, f"free on {what}")
+    need, names = (ram, "Budget.ram") if on_gpu else (hbm + ram, "Budget.hbm and Budget.ram")
     if need:
-        _refuse(names, need, machine.ram_available_nbytes, HEADROOM_NBYTES, below)
+        where = f"available of {format_nbytes(machine.ram_nbytes)} of RAM{_capped(machine.cgroup_limit_nbytes)}"
+        _refuse(names, need, machine.ram_available_nbytes, HEADROOM_NBYTES, where)
+
+
+def _gpu_of(machine: Machine, device: torch.device) -> Gpu | None:
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return next((gpu for gpu in machine.gpus if gpu.index == index), None)
+
+
+def _capped(cap: int | None) -> str:
+    return "" if cap is None else f" and a memory cap (cgroup) of {format_nbytes(cap)}"
 
 
 def _refuse(names: str, need: int, have: int, headroom: int, where: str) -> None:
     if need + headroom > have:
+        beside = f", and {format_nbytes(headroom)} more are needed to compute" if headroom else ""
         raise BudgetError(
-            f"{names} ask for {format_nbytes(need)}, and {format_nbytes(headroom)} more are needed to compute: "
-            f"{format_nbytes(have)} are {where}: lower the budget to {format_nbytes(max(0, have - headroom))} or "
+            f"{names} ask for {format_nbytes(need)}{beside}: {format_nbytes(have)} are {where}: lower the budget to {format_nbytes(max(0, have - headroom))} or "
             "end what else uses the memory"
         )
 

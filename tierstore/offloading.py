@@ -21,7 +21,7 @@ from tierstore.budget import Budget, Tier, format_nbytes
 from tierstore.composing import TYPICAL_LINKS, align_of, cut_module, plan_units
 from tierstore.contracts import Store
 from tierstore.errors import BudgetError, ModuleError, PlanError
-from tierstore.machine import check_budget, inspect_machine
+from tierstore.machine import check_budget, check_room, inspect_machine
 from tierstore.plan import Plan, build_plan
 from tierstore.report.tally import Tally
 from tierstore.runtime import Runtime
@@ -97,6 +97,7 @@ class _Offloading:
             unified=self._unified,
             look_up=self._root is not None,
         )
+        self._check_room(plan)
         with ExitStack() as undo:
             units, stores, spill = self._store(units, spans, plan, undo)
             runtime = Runtime(units, stores, plan, self._backend, self._tally, ram=self._budget.ram)
@@ -106,6 +107,15 @@ class _Offloading:
             session = self._engage(runtime, bound, cut.groups, plan, spill, staying, notes, fixed)
             undo.pop_all()
         return session
+
+    def _check_room(self, plan: Plan) -> None:
+        """What compute reads in place is in memory already; the rest is taken before the module's own is freed."""
+        if self._unified:
+            check_room(plan.ring_nbytes, 0, inspect_machine(), self._backend.device)
+        else:
+            hbm = plan.resident_nbytes[Tier.HBM] + plan.ring_nbytes
+            ram = plan.resident_nbytes[Tier.RAM] + plan.staging_nbytes
+            check_room(hbm, ram, inspect_machine(), self._backend.device)
 
     def _choose_moving(self) -> list[Span]:
         """All spans, but not those of buffers only, while these are small: they may be written at any time."""

@@ -21,6 +21,7 @@ from tierstore.machine import (
     Machine,
     cgroup_caps,
     check_budget,
+    check_room,
     filesystem_of,
     gds_is_real,
     gds_state,
@@ -114,10 +115,10 @@ def test_whatever_proc_says_is_survived(tmp_path: Path, text: str) -> None:
 # ---- budgets
 
 
-def test_a_budget_that_fits_passes() -> None:
-    check_budget(Budget(hbm="4GiB", ram="2GiB"), machine(6 * GIB + HEADROOM_NBYTES), CPU)
-    check_budget(Budget(hbm="4GiB", ram="2GiB"), machine(2 * GIB + HEADROOM_NBYTES, free=5 * GIB), CUDA)
-    check_budget(Budget(hbm="4GiB"), machine(0, free=5 * GIB), CUDA)
+def test_room_that_is_there_passes() -> None:
+    check_room(4 * GIB, 2 * GIB, machine(6 * GIB + HEADROOM_NBYTES), CPU)
+    check_room(4 * GIB, 2 * GIB, machine(2 * GIB + HEADROOM_NBYTES, free=5 * GIB), CUDA)
+    check_room(4 * GIB, 0, machine(0, free=5 * GIB), CUDA)
 
 
 def test_a_cpu_budget_shares_one_memory() -> None:
@@ -125,20 +126,31 @@ def test_a_cpu_budget_shares_one_memory() -> None:
     with pytest.raises(
         BudgetError, match=r"Budget\.hbm and Budget\.ram ask for 6\.00 GiB.*cap \(cgroup\) of 8\.00 GiB"
     ):
-        check_budget(Budget(hbm="4GiB", ram="2GiB"), tight, CPU)
-    with pytest.raises(BudgetError, match=r"lower the budget to 1\.62 GiB"):
-        check_budget(Budget(hbm="100GiB"), machine(2 * GIB), CPU)
+        check_room(4 * GIB, 2 * GIB, tight, CPU)
+    with pytest.raises(BudgetError, match=r"lower the budget to 1\.75 GiB"):
+        check_room(100 * GIB, 0, machine(2 * GIB), CPU)
     with pytest.raises(BudgetError, match="lower the budget to 0 B"):
-        check_budget(Budget(hbm=1), machine(0), CPU)
+        check_room(1, 0, machine(0), CPU)
 
 
 def test_a_gpu_budget_is_checked_on_each_side() -> None:
     with pytest.raises(BudgetError, match=r"Budget\.hbm ask for 4\.00 GiB.*free on A GPU"):
-        check_budget(Budget(hbm="4GiB"), machine(64 * GIB, free=4 * GIB + HBM_HEADROOM_NBYTES - 1), CUDA)
+        check_room(4 * GIB, 0, machine(64 * GIB, free=4 * GIB + HBM_HEADROOM_NBYTES - 1), CUDA)
     with pytest.raises(BudgetError, match=r"Budget\.ram ask for 50\.00 GiB"):
-        check_budget(Budget(hbm="4GiB", ram="50GiB"), machine(50 * GIB, free=20 * GIB), CUDA)
+        check_room(4 * GIB, 50 * GIB, machine(50 * GIB, free=20 * GIB), CUDA)
     with pytest.raises(BudgetError, match="0 B are free on cuda:0"):
-        check_budget(Budget(hbm="4GiB"), machine(50 * GIB), CUDA)
+        check_room(4 * GIB, 0, machine(50 * GIB), CUDA)
+
+
+def test_a_budget_beyond_the_machine_is_refused_whatever_is_free() -> None:
+    check_budget(Budget("64GiB"), machine(0), CPU)
+    check_budget(Budget("24GiB", ram="64GiB"), machine(0, free=0), CUDA)
+    with pytest.raises(BudgetError, match=r"ask for 65\.00 GiB: 64\.00 GiB are all the RAM there is"):
+        check_budget(Budget("1GiB", ram="64GiB"), machine(0), CPU)
+    with pytest.raises(BudgetError, match=r"cap \(cgroup\) of 2\.00 GiB"):
+        check_budget(Budget("3GiB"), machine(0, cap=2 * GIB), CPU)
+    with pytest.raises(BudgetError, match="all that A GPU has"):
+        check_budget(Budget("25GiB"), machine(0, free=0), CUDA)
 
 
 # ---- GPUDirect Storage
