@@ -125,8 +125,8 @@ def _refuse(names: str, need: int, have: int, headroom: int, where: str) -> None
     if need + headroom > have:
         beside = f", and {format_nbytes(headroom)} more are needed to compute" if headroom else ""
         raise BudgetError(
-            f"{names} ask for {format_nbytes(need)}{beside}: {format_nbytes(have)} are {where}: lower the budget to {format_nbytes(max(0, have - headroom))} or "
-            "end what else uses the memory"
+            f"{names} ask for {format_nbytes(need)}{beside}: {format_nbytes(have)} are {where}: "
+            f"lower the budget to {format_nbytes(max(0, have - headroom))} or end what else uses the memory"
         )
 
 
