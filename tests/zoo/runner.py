@@ -144,7 +144,9 @@ def _call(module: nn.Module, args: Any) -> Any:
 
 def tensors_of(module: nn.Module) -> dict[str, Any]:
     """All that can be seen of a module's tensors, and their values in several ways."""
-    seen: dict[str, Any] = {f"vars of {n}": sorted(vars(m).keys() - {"_apply"}) for n, m in module.named_modules()}
+    seen: dict[str, Any] = {
+        f"vars of {n}": sorted(vars(m).keys() - {"_apply", "forward"}) for n, m in module.named_modules()
+    }
     for name, tensor in _named(module):
         seen[name] = (
             tuple(tensor.shape),

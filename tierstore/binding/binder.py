@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +65,6 @@ class Binder:
         self._loans.step_aside = self._step_aside
         self._conversions.watch(location.owner for item in self._held for location in item.entry.locations)
         self._forget_originals()
-
-    def abandon_turns(self) -> None:
-        """End turns that were broken off from outside, such as by an interrupt."""
-        for turn in self._turns.values():
-            turn.abandon()
 
     def settle(self, units: Iterable[str], slots: Callable[[str], Slot]) -> None:
         """Give the tensors of resident units their memory for good: no ghosts, no turns."""
@@ -168,15 +163,14 @@ def become_real(tensor: Tensor, memory: Tensor) -> None:
     held = not can_swap(tensor)
     become(tensor, real)
     if held and real.requires_grad and real.is_leaf:
-        real.register_hook(_refuse_gradient)
+        cast(Any, real).register_hook(_refuse_gradient)
 
 
 def view_like(meta: Tensor, storage: torch.UntypedStorage) -> Tensor:
     """A tensor over ``storage`` with the dtype, offset, shape and strides of ``meta``."""
     with torch.inference_mode(False), torch.no_grad():
         empty = torch.empty(0, dtype=meta.dtype, device=storage.device)
-        target: Any = storage
-        return empty.set_(target, meta.storage_offset(), meta.size(), meta.stride())
+        return empty.set_(cast(Any, storage), meta.storage_offset(), meta.size(), meta.stride())
 
 
 def metas_of(blocks: Mapping[str, int]) -> dict[str, torch.UntypedStorage]:

@@ -51,11 +51,11 @@ class _Exposing:
         return cast(Any, plain_copy(self)).__reduce_ex__(protocol)
 
 
-class BoundParameter(_Exposing, nn.Parameter):  # type: ignore[misc]  # torch's stubs are narrower than torch
+class BoundParameter(_Exposing, nn.Parameter):
     """A parameter over a slot."""
 
 
-class BoundTensor(_Exposing, Tensor):  # type: ignore[misc]  # as above
+class BoundTensor(_Exposing, Tensor):
     """A buffer over a slot."""
 
 

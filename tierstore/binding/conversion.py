@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,8 @@ class _Checked:
                     f"{name} is offloaded and cannot be converted, moved or emptied now: close the session, convert "
                     f"the module, and offload it again"
                 )
-        return type(module)._apply(module, fn, recurse)
+        converted: nn.Module = cast(Any, type(module))._apply(module, fn, recurse)
+        return converted
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self._module))

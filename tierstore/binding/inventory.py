@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in __all__
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tierstore.errors import ModuleError
@@ -126,7 +126,7 @@ def _is_wrapper(tensor: Tensor) -> bool:
 
 
 def _held_in_attributes(module: nn.Module) -> Iterator[tuple[Location, Tensor]]:
-    """Tensors that are plain attributes of a module, or in lists and dicts that are, such as an RNN's ``_flat_weights``."""
+    """Tensors that are a module's plain attributes, or in lists and dicts that are (an RNN's ``_flat_weights``)."""
     for name, value in list(module.__dict__.items()):
         pairs: list[tuple[Any, Any]] = []
         container: Any = value

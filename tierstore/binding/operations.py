@@ -89,11 +89,15 @@ def _ghosts_in(value: Any) -> dict[int, tuple[Tensor, View]]:
 def _as_view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ghost: MakeGhost) -> Any:
     """The result as ghosts when it is a pure view of ghosts, worked out on meta tensors; else None."""
     sources: dict[int, View] = {}
+    attached = False
+    inference = torch.is_inference_mode_enabled()
 
     def to_meta(tensor: Tensor) -> Tensor:
         view = view_of(tensor)
         if view is None:
             return tensor
+        nonlocal attached
+        attached = attached or tensor.requires_grad or view.attached
         sources[view.meta.untyped_storage()._cdata] = view
         return view.meta
 
@@ -109,7 +113,7 @@ def _as_view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ghost: Ma
         if view is None:
             plain = True
             return tensor
-        return ghost(View(view.home, view.block, tensor, view.device))
+        return ghost(View(view.home, view.block, tensor, view.device, inference and attached))
 
     ghosts = _map(out, to_ghost)
     return None if plain else ghosts
@@ -126,9 +130,7 @@ def _look_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(rows, indices)
 
 
-def _compute(
-    func: Any, signature: _Signature, args: tuple[Any, ...], kwargs: dict[str, Any], ghost: MakeGhost
-) -> Any:
+def _compute(func: Any, signature: _Signature, args: tuple[Any, ...], kwargs: dict[str, Any], ghost: MakeGhost) -> Any:
     found = _ghosts_in((args, kwargs))
     if not found:  # a subclass reached us with no ghost among its arguments
         return func(*args, **kwargs)
@@ -137,7 +139,10 @@ def _compute(
     changed = _ghosts_in(signature.written(args, kwargs))
     written = [view.block for _, view in changed.values()]
     with home.loan(blocks, written=written) as slots:
-        lent = {key: slots[view.block].tensor(view.block, view.meta) for key, (_, view) in found.items()}
+        lent = {
+            key: _lend(slots[view.block], view, tensor.requires_grad or view.attached)
+            for key, (tensor, view) in found.items()
+        }
         owners = {id(lent[key]): tensor for key, (tensor, _) in found.items()}
         out = func(*_map(args, lambda t: lent.get(id(t), t)), **_map(kwargs, lambda t: lent.get(id(t), t)))
         for key, (_, view) in changed.items():
@@ -154,6 +159,16 @@ def _compute(
             return ghost(_view_of_alias(tensor, blocks, [view for _, view in found.values()], slots))
 
         return _map(out, hide)
+
+
+def _lend(slot: Slot, view: View, requires_grad: bool) -> Tensor:
+    """A plain weight: some operations take another path by its flags, though no graph is recorded here."""
+    if not torch.is_inference_mode_enabled():
+        tensor = slot.tensor(view.block, view.meta)
+    else:
+        with torch.inference_mode(False), torch.no_grad():
+            tensor = slot.tensor(view.block, view.meta)
+    return tensor.requires_grad_() if requires_grad else tensor
 
 
 def _refuse_another_shape(func: Any, lent: Tensor, slot: Slot, view: View) -> None:

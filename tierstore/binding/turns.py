@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from tierstore.binding.bound import bind, can_bind, take_gradient, was_written
+from tierstore.binding.forwards import unwatch, watch
 from tierstore.binding.inventory import Location
 from tierstore.binding.loans import Loans
 from tierstore.binding.slot import Slot, storage_users
@@ -76,21 +76,23 @@ class Turn:
         self._detained: list[_Bound] = []
         self._storages = list({s._cdata: s for s in (seat.view.meta.untyped_storage() for seat in seats)}.values())
         self._quiet_users = [storage_users(s) for s in self._storages]
-        self._handles: list[RemovableHandle] = []
+        self._modules: list[nn.Module] = []
         self._lock = RLock()
 
     def watch(self, modules: Sequence[nn.Module]) -> None:
         """Let the forward of ``modules`` be the turn."""
         for module in modules:
-            self._handles.append(module.register_forward_pre_hook(_Enter(self), prepend=True))
-            self._handles.append(module.register_forward_hook(_Leave(self), always_call=True))
+            watch(module, self)
+            self._modules.append(module)
 
     def unwatch(self) -> None:
-        """Remove the hooks and end a turn that was broken off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.abandon()
+        """See no more forwards, and end a turn that is under way."""
+        while self._modules:
+            unwatch(self._modules.pop(), self)
+        with self._lock:
+            if self._depth:
+                self._depth = 1
+                self.leave(whole=False)
 
     def enter(self) -> None:
         with self._lock:
@@ -100,7 +102,9 @@ class Turn:
             self._free_detained()
             try:
                 slot = self._loans.acquire([self.unit])[0]
-            except CapacityError:  # beside what is in use; each operation will find room for itself, or say what it lacks
+            except (
+                CapacityError
+            ):  # beside what is in use; each operation will find room for itself, or say what it lacks
                 self._depth = 1
                 return
             self._pinned = True
@@ -108,7 +112,7 @@ class Turn:
             if self._plain and not torch.is_grad_enabled():
                 self._place(slot)
 
-    def leave(self) -> None:
+    def leave(self, whole: bool) -> None:
         with self._lock:
             if not self._depth:
                 return
@@ -123,13 +127,6 @@ class Turn:
                     self._plain = not self._escapes
             finally:
                 self._unpin()
-
-    def abandon(self) -> None:
-        """End a turn that never came to its end."""
-        with self._lock:
-            if self._depth:
-                self._depth = 1
-                self.leave()
 
     def step_aside(self) -> bool:
         """Give up the memory for an operation that needs it, if nobody sees it right now; whether it did."""
@@ -214,34 +211,4 @@ def _at(container: Any, key: Any) -> Any:
     try:
         return container[key]
     except LookupError:
-        return None
-
-
-class _Hook:
-    """A hook that does not follow its module into a copy: the copy's weights are plain."""
-
-    def __init__(self, turn: Turn) -> None:
-        self._turn = turn
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Inert:
-        return Inert()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Inert, ())
-
-
-class _Enter(_Hook):
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self._turn.enter()
-
-
-class _Leave(_Hook):
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._turn.leave()
-
-
-class Inert:
-    """What is left of a hook in a copy of the module."""
-
-    def __call__(self, *args: Any) -> None:
         return None

@@ -27,11 +27,16 @@ class Home(Protocol):
 
 
 class View:
-    """Which bytes a ghost stands for: a block, seen through the meta tensor ``meta``."""
+    """Which bytes a ghost stands for: a block, seen through the meta tensor ``meta``.
 
-    __slots__ = ("block", "device", "home", "meta")
+    ``attached``: a plain tensor in the ghost's place would require grad, though the ghost cannot: a view
+    in inference mode has the flag of its source, and some operations take another path by it.
+    """
 
-    def __init__(self, home: Home, block: str, meta: Tensor, device: torch.device) -> None:
+    __slots__ = ("attached", "block", "device", "home", "meta")
+
+    def __init__(self, home: Home, block: str, meta: Tensor, device: torch.device, attached: bool = False) -> None:
+        self.attached = attached
         self.home = home
         self.block = block
         self.meta = meta

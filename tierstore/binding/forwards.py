@@ -1,0 +1,77 @@
+"""Sees a module's forward begin and end, without hooks: torch takes other paths where a module has hooks."""
+
+from __future__ import annotations
+
+import copy
+from functools import update_wrapper
+from types import MethodType
+from typing import Any, Protocol
+
+from torch import nn
+
+
+class Around(Protocol):
+    """What happens around a forward."""
+
+    def enter(self) -> None: ...
+
+    def leave(self, whole: bool) -> None:
+        """``whole`` is False when an exception left the forward, of whatever kind."""
+        ...
+
+
+def watch(module: nn.Module, around: Around, *, outermost: bool = False) -> None:
+    """Let ``around`` see every forward of ``module`` from now on; the outermost enters first and leaves last."""
+    forward = module.__dict__.get("forward")
+    if not isinstance(forward, _Forward):
+        forward = module.__dict__["forward"] = _Forward(module)
+    forward.around.insert(0 if outermost else len(forward.around), around)
+
+
+def unwatch(module: nn.Module, around: Around) -> None:
+    """The opposite of ``watch``. The module is as it was when the last one is gone."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, _Forward) and around in forward.around:
+        forward.around.remove(around)
+        if not forward.around:
+            forward.restore()
+
+
+class _Forward:
+    """Stands in a module's ``forward``; a copy of the module has its own forward again."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.around: list[Around] = []
+        self._module = module
+        self._own = module.__dict__.get("forward")  # what the user put into this one module, if anything
+        update_wrapper(self, module.forward)  # so that its signature is the forward's
+        self._call = module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        entered: list[Around] = []
+        whole = False
+        try:
+            for around in self.around:
+                around.enter()
+                entered.append(around)
+            result = self._call(*args, **kwargs)
+            whole = True
+            return result
+        finally:
+            while entered:
+                entered.pop().leave(whole)
+
+    def restore(self) -> None:
+        if self._own is None:
+            del self._module.__dict__["forward"]
+        else:
+            self._module.__dict__["forward"] = self._own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self._own is not None:
+            return copy.deepcopy(self._own, memo)
+        copied: Any = memo.get(id(self._module))
+        return MethodType(type(copied).forward, copied)
+
+    def __reduce__(self) -> Any:
+        return (getattr, (self._module, "forward")) if self._own is None else self._own.__reduce__()
