@@ -60,6 +60,7 @@ class _Copy(_Point):
         super().__init__(engine, before)
         self.pairs = pairs
         self.happened = False
+        self.targets = [_range(dst) for _, dst in pairs if dst.numel()]
         self.then: list[Callable[[], None]] = []
         # Both sides belong to the copy from now on, unless what it comes after still uses them.
         self.sources = [src.clone() for src, _ in pairs] if all(point.happened for point in before) else None
@@ -95,11 +96,20 @@ class _Touch:
     start: int
     end: int
     fence: Fence
-    how: str  # "read", "written", "leased"
+    how: str  # "read", "written", "leased", "computed with"
+    thread: int = 0
 
     def over(self) -> bool:
         """Whether the host knows that it has ended."""
         return self.fence.done()
+
+    def within(self, start: int, end: int) -> bool:
+        """Whether ``[start, end)`` contains it."""
+        return start <= self.start and self.end <= end
+
+    def overlaps(self, start: int, end: int) -> bool:
+        """Whether it shares a byte with ``[start, end)``."""
+        return self.start < end and start < self.end
 
 
 class AdversaryEngine:
@@ -129,8 +139,8 @@ class AdversaryEngine:
             for race in races:
                 copy.fail(race)
             for src, dst in tensors:
-                self._note(src, copy, "read")
-                self._note(dst, copy, "written")
+                self._note(*_range(src), copy, "read")
+                self._note(*_range(dst), copy, "written")
             self._waiting.append(copy)
         return copy
 
@@ -158,8 +168,15 @@ class AdversaryEngine:
         except Exception:  # what failed is over; whoever used the unit was told
             points = ()
         with self._lock:
+            start, end = _range(buffer)
+            # What the end of the lease comes after needs no watching of its own any more.
+            self._touches = [
+                touch
+                for touch in self._touches
+                if touch.how != "computed with" or not touch.within(start, end) or not _comes_after(points, touch.fence)
+            ]
             for point in points:
-                self._note(buffer, point, "leased")
+                self._note(start, end, point, "leased")
             last = [copy for copy in _all_before(points, pending=True) if isinstance(copy, _Copy)]
             if last:  # the bytes are on their way in or out until all of these have happened
                 left = len(last)
@@ -179,7 +196,7 @@ class AdversaryEngine:
         """Where compute and store share memory, who fills a lease must have waited for its earlier users."""
         start, end = _range(lease.buffer)
         with self._lock:
-            copied = any(touch.how == "written" and touch.start < end and start < touch.end for touch in self._touches)
+            copied = any(touch.how == "written" and touch.overlaps(start, end) for touch in self._touches)
             late = any(not fence.done() for fence in lease.after)
             if self.unified and late and not copied and not bool((lease.buffer == POISON).all()):
                 self.faults.append(f"{lease.extent} was filled before its earlier users were waited for")
@@ -188,7 +205,7 @@ class AdversaryEngine:
         """The memory of ``region`` goes away; the same addresses may come back for something else."""
         start, end = _range(region)
         with self._lock:
-            self._touches = [touch for touch in self._touches if touch.end <= start or end <= touch.start]
+            self._touches = [touch for touch in self._touches if not touch.overlaps(start, end)]
 
     @property
     def _stream(self) -> list[_Point]:
@@ -219,10 +236,17 @@ class AdversaryEngine:
             others = [copy for copy in self._waiting if self._random.random() < 0.25]
             self._run([*others, point])
             if not seen:
-                self._stream.append(point)
+                self._stream.append(self._use(point) if isinstance(point, _Copy) else point)
             if seen or self._random.random() < 0.5:
                 for reached in _all_before([point]):
                     reached.seen, reached.before = True, ()
+
+    def _use(self, copy: _Copy) -> _Point:
+        """What the compute of this thread does with the bytes, from now until a mark that it takes later."""
+        use = _Point(self, (copy,))
+        for start, end in copy.targets:
+            self._note(start, end, use, "computed with")
+        return use
 
     def _run(self, points: list[_Point] | list[_Copy]) -> None:
         """Let ``points``, and the copies they come after, happen in a random order of those that are legal."""
@@ -234,16 +258,17 @@ class AdversaryEngine:
             wanted.remove(copy)
             self._waiting.remove(copy)
 
-    def _note(self, buffer: torch.Tensor, fence: Fence, how: str) -> None:
-        start, end = _range(buffer)
-        if start == end:
-            return
-        kept = []
-        for touch in self._touches:
-            replaced = start <= touch.start and touch.end <= end and (how == "written" or how == touch.how == "read")
-            if not replaced and not touch.over():
-                kept.append(touch)
-        self._touches = [*kept, _Touch(start, end, fence, how)]
+    def _note(self, start: int, end: int, fence: Fence, how: str) -> None:
+        thread = threading.get_ident()
+
+        def replaced(touch: _Touch) -> bool:
+            """A write leaves nothing else to watch; of reads and of one thread's compute the last is enough."""
+            same = touch.how == how and (how == "read" or (how == "computed with" and touch.thread == thread))
+            return touch.within(start, end) and (how == "written" or same)
+
+        if start < end:
+            kept = [touch for touch in self._touches if not replaced(touch) and not touch.over()]
+            self._touches = [*kept, _Touch(start, end, fence, how, thread)]
 
     def _races(
         self, src: torch.Tensor, dst: torch.Tensor, before: Sequence[_Point], after: Sequence[Fence]
@@ -251,11 +276,11 @@ class AdversaryEngine:
         """What the copy would race with."""
         for buffer, verb, conflicts in (
             (src, "reads", {"written"}),
-            (dst, "overwrites", {"read", "written", "leased"}),
+            (dst, "overwrites", {"read", "written", "leased", "computed with"}),
         ):
             start, end = _range(buffer)
             for touch in self._touches:
-                if touch.how in conflicts and touch.start < end and start < touch.end:
+                if touch.how in conflicts and touch.overlaps(start, end):
                     listed = any(fence is touch.fence for fence in (*before, *after))
                     if not listed and not touch.over() and not _comes_after(before, touch.fence):
                         yield (
