@@ -14,7 +14,7 @@ from tierstore.contracts import Pool
 from tierstore.copies.cpu import DONE
 from tierstore.errors import BudgetError, CapacityError
 from tierstore.extents import Extent
-from tierstore.pools.host import HUGE_FROM, HostPool
+from tierstore.pools.host import HostPool
 from tierstore.testing.adversary import AdversaryEngine
 from tierstore.testing.poison import POISON, PoisonPool
 from tierstore.testing.pool_contract import MakePool, OpenFence, PoolContract, tensor_of
@@ -94,7 +94,7 @@ def resident_nbytes() -> int:
 
 
 def test_memory_costs_nothing_until_written_and_goes_with_the_pool() -> None:
-    nbytes = 4 * HUGE_FROM
+    nbytes = 256 << 20
     before = resident_nbytes()
     pool = HostPool(nbytes)
     lease = pool.lease(nbytes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -12,10 +11,6 @@ from tierstore.budget import format_nbytes
 from tierstore.errors import BudgetError, CapacityError
 from tierstore.extents import Extent, align_up
 from tierstore.pools.region import RegionPool
-
-HUGE_FROM = 64 << 20
-"""Bytes from which a pool asks for huge pages: fewer faults while it is first filled."""
-
 
 class Registrar(Protocol):
     """Tells a GPU driver which host memory stays in place, so that copies from it need no bounce buffer."""
@@ -120,7 +115,5 @@ def _mapped(nbytes: int, name: str) -> torch.Tensor:
         raise CapacityError(
             f"{name} needs {format_nbytes(nbytes)} of RAM, the system refuses: {error}: lower Budget.ram or Budget.hbm"
         ) from error
-    if nbytes >= HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    # no huge pages: where the system must first find or clear them, they delay the first token (docs/performance.md)
     return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
