@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.overrides import enable_reentrant_dispatch
 
 from tierstore.binding.slot import Slot
 from tierstore.binding.views import View, view_of
@@ -36,10 +38,11 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ghost: Mak
 class _Signature:
     """What an operation's schema says about aliasing, looked up once per operation."""
 
-    __slots__ = ("may_view", "written_keywords", "written_positions")
+    __slots__ = ("composite", "may_view", "written_keywords", "written_positions")
 
     def __init__(self, func: Any) -> None:
         schema = func._schema
+        self.composite: bool = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
         self.may_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
         self.written_positions: list[int] = []
         self.written_keywords: set[str] = set()
@@ -144,7 +147,10 @@ def _compute(func: Any, signature: _Signature, args: tuple[Any, ...], kwargs: di
             for key, (tensor, view) in found.items()
         }
         owners = {id(lent[key]): tensor for key, (tensor, _) in found.items()}
-        out = func(*_map(args, lambda t: lent.get(id(t), t)), **_map(kwargs, lambda t: lent.get(id(t), t)))
+        # in inference mode compositions of operations reach us whole, and their parts look at what autograd sets
+        whole = signature.composite and torch.is_inference_mode_enabled()
+        with enable_reentrant_dispatch() if whole else nullcontext():
+            out = func(*_map(args, lambda t: lent.get(id(t), t)), **_map(kwargs, lambda t: lent.get(id(t), t)))
         for key, (_, view) in changed.items():
             _refuse_another_shape(func, lent[key], slots[view.block], view)
         storages = {slots[block].key for block in blocks}
