@@ -12,6 +12,7 @@ from tierstore.errors import BudgetError, CapacityError
 from tierstore.extents import Extent, align_up
 from tierstore.pools.region import RegionPool
 
+
 class Registrar(Protocol):
     """Tells a GPU driver which host memory stays in place, so that copies from it need no bounce buffer."""
 
