@@ -116,7 +116,7 @@ def _engage(checkpoint: Checkpoint, budget: Budget, backend: Backend) -> Session
         loans = Loans(runtime.prefetcher, runtime.units, runtime.feed.offsets, runtime.keep, runtime)
         binder = Binder(held, cut.groups, loans, backend.device)
         binder.bind()
-        engaged = Engaged(module, runtime, binder, tally)
+        engaged = Engaged(module, runtime, binder, tally, units)
         runtime.prefetcher.start()
         undo.pop_all()
     return Session(

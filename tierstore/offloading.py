@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -61,6 +62,19 @@ def offload(
     return _Offloading(module, budget, None if store is None else Path(store), chosen).session()
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What is decided before the module is first changed: ``fixed_nbytes`` stay in memory beside the plan's units."""
+
+    plan: Plan
+    units: tuple[Unit, ...]
+    groups: tuple[Group, ...]
+    held: tuple[Held, ...]
+    staying: tuple[Entry, ...]
+    fixed_nbytes: int
+    notes: tuple[str, ...]
+
+
 class _Offloading:
     """The steps of ``offload``; the module is first changed by ``_engage``, when all else has succeeded."""
 
@@ -99,12 +113,16 @@ class _Offloading:
         )
         self._check_room(plan)
         with ExitStack() as undo:
-            units, stores, spill = self._store(units, spans, plan, undo)
-            runtime = Runtime(units, stores, plan, self._backend, self._tally, ram=self._budget.ram)
+            placed, stores, spill = self._store(units, spans, plan, undo)
+            runtime = Runtime(placed, stores, plan, self._backend, self._tally, ram=self._budget.ram)
             undo.callback(runtime.close)
-            kept = {block.name for unit in units for block in unit.blocks}
+            kept = {block.name for unit in placed for block in unit.blocks}
             bound = [item for item in held if item.block in kept]
-            session = self._engage(runtime, bound, cut.groups, plan, spill, staying, notes, fixed)
+            resting = [e for span in self._spans if id(span) not in chosen for e in span.entries]
+            prepared = _Prepared(
+                plan, tuple(units), cut.groups, tuple(bound), (*staying, *resting), fixed, tuple(notes)
+            )
+            session = self._engage(runtime, prepared, spill)
             undo.pop_all()
         return session
 
@@ -176,24 +194,15 @@ class _Offloading:
             self._root, tensors, fingerprint=_fingerprint(self._entries), limit_nbytes=self._budget.nvme
         )
 
-    def _engage(
-        self,
-        runtime: Runtime,
-        held: list[Held],
-        groups: Sequence[Group],
-        plan: Plan,
-        spill: SpillStore | None,
-        staying: Sequence[Entry],
-        notes: list[str],
-        fixed: int,
-    ) -> Session:
+    def _engage(self, runtime: Runtime, prepared: _Prepared, spill: SpillStore | None) -> Session:
+        plan, held = prepared.plan, prepared.held
         loans = Loans(runtime.prefetcher, runtime.units, runtime.feed.offsets, runtime.keep, runtime)
-        binder = Binder(held, [g for g in groups if g.name in runtime.units], loans, self._backend.device)
-        moved = Relocated([e.tensor for e in staying], self._backend.device)
+        binder = Binder(held, [g for g in prepared.groups if g.name in runtime.units], loans, self._backend.device)
+        moved = Relocated([e.tensor for e in prepared.staying], self._backend.device)
         if not self._unified:
             runtime.fill()
         binder.bind()
-        engaged = Engaged(self._module, runtime, binder, self._tally)
+        engaged = Engaged(self._module, runtime, binder, self._tally, prepared.units)
         if not self._unified:
             engaged.settle()
         runtime.prefetcher.start()
@@ -214,10 +223,10 @@ class _Offloading:
             plan,
             tally=self._tally,
             engaged=engaged,
-            fixed_nbytes={"hbm": fixed + in_place.get(Tier.HBM, 0), "ram": in_place.get(Tier.RAM, 0)},
+            fixed_nbytes={"hbm": prepared.fixed_nbytes + in_place.get(Tier.HBM, 0), "ram": in_place.get(Tier.RAM, 0)},
             written_nbytes=lambda: spill.peak_nbytes if spill is not None else 0,
             finish=finish,
-            notes=notes,
+            notes=prepared.notes,
         )
 
     def _untouched(self, total: int, notes: list[str]) -> Session:

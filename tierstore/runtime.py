@@ -114,13 +114,17 @@ class Runtime:
         return unit not in self.residents and self.plan.tier[unit] is Tier.NVME
 
     def fill(self) -> None:
-        """Bring every resident in, and what rests in pinned memory, so that their stores may go."""
+        """Bring every resident in, and what rests in pinned memory; close the stores that nothing needs any more."""
         for name in sorted(self.residents):
             self.prefetcher.resident(name)
         if isinstance(self.feed, StagedFeed):
             for unit in self.units.values():
                 if self.plan.tier[unit.name] is Tier.RAM:
                     self.feed.kept(unit, unit.blocks[0].name)
+        streamed = {id(self._stores[name]) for name in self.units if self.plan.tier[name] is Tier.NVME}
+        for store in self._stores.values():
+            if id(store) not in streamed:
+                store.close()
 
     def read_block(self, block: str) -> Tensor:
         """A copy of a block's true bytes in host memory: 1-D uint8."""

@@ -19,16 +19,20 @@ from tierstore.plan import Links, Plan, remeasure
 from tierstore.report.report import Report
 from tierstore.report.tally import Tally
 from tierstore.runtime import Runtime
+from tierstore.tensors import Unit
 
 
 class Engaged:
     """What is at work while a session has weights to move: machinery, ghosts and pass watching."""
 
-    def __init__(self, module: nn.Module, runtime: Runtime, binder: Binder, tally: Tally) -> None:
+    def __init__(
+        self, module: nn.Module, runtime: Runtime, binder: Binder, tally: Tally, units: Sequence[Unit]
+    ) -> None:
         self.runtime = runtime
         self.binder = binder
         self.passes = 0
         self._tally = tally
+        self._planned = tuple(units)  # also what stays in place and never moves
         self._pass_began = 0.0
         self._stalled_before = 0.0
         self._compute_seconds: float | None = None
@@ -50,7 +54,7 @@ class Engaged:
         if self._compute_seconds is None:
             return plan
         ordered = set(plan.order)
-        units = [u for u in self.runtime.units.values() if u.name in ordered or plan.tier[u.name] is not Tier.NVME]
+        units = [u for u in self._planned if u.name in ordered or plan.tier[u.name] is not Tier.NVME]
         rate = self._compute_seconds / max(sum(unit.nbytes for unit in units), 1)
         rates = self._tally.rates()
         links = Links(

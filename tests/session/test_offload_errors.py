@@ -14,6 +14,9 @@ from torch import nn
 
 import tierstore
 from tierstore import Budget, errors
+from tierstore.backends import Backend
+from tierstore.binding.slot import storage_users
+from tierstore.testing.adversary import adversary
 
 X = torch.ones(2, 64)
 
@@ -168,3 +171,17 @@ def test_an_exception_in_the_with_block_restores_the_module(module: nn.Module, t
     with pytest.raises(ZeroDivisionError):
         broken_off()
     assert not (tmp_path / "s").exists()
+
+
+def test_memory_is_freed_once_weights_rest_elsewhere() -> None:
+    """On a device of its own memory, the module's own copy is gone when the session begins."""
+    adverse = adversary(5)
+    backend = Backend(torch.device("cpu"), adverse.engine, adverse.pool, adverse.pool)
+    module = model()
+    noted = Untouched(module)
+    held = [p.untyped_storage() for p in module.parameters()]
+    with tierstore.offload(module, Budget(20_000, ram="1MiB"), backend=backend):
+        assert [storage_users(s) for s in held] == [1] * len(held)
+        del held
+    noted.check()
+    adverse.engine.check()
