@@ -97,8 +97,7 @@ class Binder:
                 if memory is None:
                     memory = restore(item)
                     if original is not None:
-                        with torch.no_grad():
-                            memory = original.detach().copy_(memory)
+                        memory = _written_to(original, memory)
                 become_real(item.entry.tensor, memory)
             except (TierstoreError, MemoryError) as error:
                 failed = failed or error
@@ -164,6 +163,18 @@ def become_real(tensor: Tensor, memory: Tensor) -> None:
     become(tensor, real)
     if held and real.requires_grad and real.is_leaf:
         cast(Any, real).register_hook(_refuse_gradient)
+
+
+def _written_to(original: Tensor, values: Tensor) -> Tensor:
+    """``original`` with ``values``; dimensions along which all elements are one in memory are written once."""
+    original = original.detach()
+    into = original
+    for dim, (size, step) in enumerate(zip(original.size(), original.stride(), strict=True)):
+        if size > 1 and not step:
+            into, values = into.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
+    with torch.no_grad():
+        into.copy_(values)
+    return original
 
 
 def view_like(meta: Tensor, storage: torch.UntypedStorage) -> Tensor:

@@ -109,7 +109,7 @@ class Turn:
                 return
             self._pinned = True
             self._depth = 1
-            if self._plain and not torch.is_grad_enabled():
+            if self._plain and not torch.is_grad_enabled() and not self._autocasts():
                 self._place(slot)
 
     def leave(self, whole: bool) -> None:
@@ -144,6 +144,10 @@ class Turn:
             return True
         finally:
             self._lock.release()
+
+    def _autocasts(self) -> bool:
+        """Whether torch would keep the tensors that it casts in a cache of its own, which outlives the turn."""
+        return any(torch.is_autocast_enabled(kind) for kind in {seat.view.device.type for seat in self._seats})
 
     def _unpin(self) -> None:
         if self._pinned:

@@ -1,0 +1,356 @@
+"""Modules whose order changes, that break off, or that write to their own tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.zoo.registry import Expected, Interrupted, add, entry, floats, ints
+
+
+def _layers(count: int, size: int = 16) -> nn.ModuleList:
+    return nn.ModuleList([nn.Linear(size, size) for _ in range(count)])
+
+
+class _Layers(nn.Module):
+    count = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = _layers(self.count)
+        self.calls = 0
+
+
+@entry(floats(3, 16))
+class Experts(_Layers):
+    """Routes each row by its values to experts that were perhaps not used before."""
+
+    count = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        scores = self.router(x).softmax(-1)
+        chosen = scores.topk(2).indices
+        for expert in chosen.unique().tolist():
+            rows = (chosen == expert).any(-1).nonzero()[:, 0]
+            out = out.index_add(0, rows, self.layers[expert](x[rows]) * scores[rows, expert, None])
+        return out
+
+
+@entry(floats(3, 16))
+class ChangesOrder(_Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        for number in range(5):
+            x = self.layers[(number * (self.calls % 4 + 1) + self.calls) % 5](x).tanh()
+        return x
+
+
+@entry(floats(3, 16))
+class ExitsEarly(_Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        for layer in list(self.layers)[: self.calls % 6]:
+            x = layer(x)
+        return x
+
+
+@entry(floats(3, 16), grads=False)
+class Raises(_Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        for number, layer in enumerate(self.layers):
+            if self.calls % 3 == 0 and number == 3:
+                raise Expected("in the middle")
+            x = layer(x)
+        return x
+
+
+@entry(floats(3, 16), grads=False)
+class IsInterrupted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(16, 16), _Trap(at)) for at in (2, 5, 7)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class _Trap(nn.Module):
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+        self.calls = 0
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.layer(x)
+        if self.calls == self.at:
+            raise Interrupted("as by Ctrl-C")
+        return x
+
+
+@entry(floats(3, 16))
+class Counters(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = _layers(3)
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.zeros(16))
+        self.register_buffer("hidden", torch.ones(16), persistent=False)
+
+    def forward(self, x: Tensor) -> Any:
+        self.count += 1
+        with torch.no_grad():
+            self.mean.lerp_(x.mean(0), 0.1)
+            self.hidden = self.hidden * 0.9
+        for layer in self.layers:
+            x = layer(x)
+        return x + self.mean + self.hidden, self.count
+
+
+@entry(floats(3, 16))
+class Statistics(nn.Module):
+    """F.batch_norm over buffers that are larger than the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        for number in range(4):
+            self.register_buffer(f"mean{number}", torch.zeros(512))
+            self.register_buffer(f"var{number}", torch.ones(512))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).repeat(1, 32)
+        for number in range(4):
+            mean, var = getattr(self, f"mean{number}"), getattr(self, f"var{number}")
+            x = F.batch_norm(x, mean, var, training=True, momentum=0.2)
+        return x
+
+
+@entry(floats(3, 16))
+class Cache(nn.Module):
+    """A big buffer, written piece by piece, that is never reset."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = _layers(3)
+        self.register_buffer("keys", torch.zeros(64, 16))
+        self.register_buffer("values", torch.zeros(2, 32, 16))
+        self.at = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        with torch.no_grad():
+            for row in x:
+                self.keys[self.at % 64] = row
+                self.values[:, self.at % 32].add_(row)
+                self.at += 1
+            self.keys.index_copy_(0, torch.tensor([1]), x[:1])
+        return x @ self.keys.T.clone() @ self.keys.clone() + self.values.clone().sum((0, 1))
+
+
+@entry(floats(3, 16))
+class Rebinds(nn.Module):
+    """Gives its buffers new tensors, of other shapes too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = _layers(3)
+        self.register_buffer("state", torch.zeros(256))
+        self.register_buffer("grows", torch.zeros(300))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        with torch.no_grad():
+            self.state = self.state + x.mean()
+            self.grows = torch.cat([self.grows, x.mean()[None]])
+        return x + self.state[:16].clone() + self.grows.sum()
+
+
+@entry(floats(3, 16))
+class WritesParameters(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.a.weight.data.clamp_(-0.2, 0.2)
+        self.b.weight.data = self.b.weight.data * 0.9
+        with torch.no_grad():
+            self.c.weight.mul_(0.95)
+            self.c.bias[2:5] = 0.5
+            self.d.weight.copy_(self.d.weight.flip(0))
+            self.d.bias.detach().numpy()
+        return self.d(self.c(self.b(self.a(x))))
+
+
+@entry(floats(3, 16))
+class WritesItself(nn.Module):
+    """Writes in its own turn, in the middle of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([_Writer() for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class _Writer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16) * 0.2)
+        self.extra = nn.Parameter(torch.randn(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data.mul_(0.9)
+        view = self.extra.data
+        y = x @ self.weight
+        view.add_(0.01)
+        return y + self.extra
+
+
+@entry(floats(3, 16), edits=False)
+class NormalisesData(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(16, 16)
+        self.b = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.a.weight.data /= self.a.weight.data.norm(dim=1, keepdim=True)
+        self.b.weight.data = F.normalize(self.b.weight.data, dim=1)
+        return self.b(self.a(x))
+
+
+@entry(floats(3, 16), grads=False, edits=False, copies=False)
+class DeletesParameter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(16, 16)
+        self.b = nn.Linear(16, 16)
+        self.c = nn.Linear(16, 16)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 3:
+            del self.b.weight
+            self.b.weight = nn.Parameter(torch.eye(16))
+            self.c.register_parameter("bias", None)
+        return self.c(self.b(self.a(x)))
+
+
+@entry(floats(3, 16))
+class Checkpointed(_Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(lambda y, layer=layer: layer(y).tanh() @ layer.weight, x, use_reentrant=False)
+        return x
+
+
+@entry(floats(3, 16))
+class Autocast(_Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for layer in self.layers:
+                x = layer(x)
+            x = self.layers[0](x) @ self.layers[1].weight  # type: ignore[operator]
+        return x.float()
+
+
+@entry(floats(3, 16))
+class GradientInside(_Layers):
+    """Gradients are wanted inside of a forward that has none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            y = x.clone().detach().requires_grad_()
+            z = y
+            for layer in self.layers:
+                z = layer(z).tanh()
+            (slope,) = torch.autograd.grad(z.sum(), y)
+        return self.layers[0](x) + slope
+
+
+@entry(floats(3, 16))
+class Functional(_Layers):
+    """functional_call, vmap and grad over the weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = {n: p * 0.5 for n, p in self.layers[0].named_parameters()}
+        y = torch.func.functional_call(self.layers[0], weights, (x,))
+        z = torch.func.vmap(lambda row: F.linear(row, self.layers[1].weight))(x)  # type: ignore[arg-type]
+        stacked = torch.stack([layer.weight for layer in self.layers])  # type: ignore[misc]
+        every = torch.func.vmap(lambda w: x @ w)(stacked)
+        return self.layers[2](y + z) + every.sum(0)
+
+
+@entry(floats(3, 16))
+class Frozen(_Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in list(self.layers)[::2]:
+            layer.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@entry(floats(3, 16))
+class ParameterHooks(_Layers):
+    """Hooks on the parameters themselves, and attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[0].weight.register_hook(lambda grad: grad * 2)  # type: ignore[operator]
+        self.layers[1].weight.register_post_accumulate_grad_hook(_halve)  # type: ignore[operator]
+        self.layers[2].weight.note = "kept"  # type: ignore[assignment, union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x + len(getattr(self.layers[2].weight, 'note', 'kept'))  # type: ignore[arg-type]
+
+
+def _halve(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad = parameter.grad * 0.5
+
+
+add("a list of modules", lambda: nn.Sequential(nn.Sequential(nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 16))), nn.Linear(16, 16)), floats(3, 16))
+
+
+@entry(ints(40, 2, 5), copies=False)
+class Scripted(nn.Module):
+    """A child that is a ScriptModule stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 16)
+        self.child = torch.jit.script(nn.Linear(16, 16))
+        self.layers = _layers(4)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.child(self.embed(x))
+        for layer in self.layers:
+            y = layer(y)
+        return y
