@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from tierstore.contracts import CopyEngine, Pool
 from tierstore.errors import DeviceError
 
+if TYPE_CHECKING:
+    from tierstore.copies.gds import GdsReads
+
 
 @dataclass(frozen=True)
 class Backend:
-    """A compute device: its copy engine, and pools of given bytes on it and in (pinned) host memory."""
+    """A compute device: its copy engine, and pools of given bytes on it and in (pinned) host memory.
+
+    ``device_reads`` gives what reads files straight into device memory, or None where that is not faster.
+    """
 
     device: torch.device
     engine: CopyEngine
     device_pool: Callable[[int], Pool]
     host_pool: Callable[[int], Pool]
+    device_reads: Callable[[Sequence[Path]], GdsReads | None] = lambda paths: None
 
 
 def backend_for(device: torch.device | str | None) -> Backend:
@@ -53,6 +62,8 @@ def _cuda_backend(device: torch.device) -> Backend:
             f"finds none: use device='cpu'"
         )
     from tierstore.copies.cuda import CudaCopyEngine
+    from tierstore.copies.gds import GdsReads
+    from tierstore.machine import gds_is_real
     from tierstore.pools.cuda import CudaPool, CudaRegistrar
     from tierstore.pools.host import HostPool
 
@@ -64,5 +75,6 @@ def _cuda_backend(device: torch.device) -> Backend:
         device,
         CudaCopyEngine(device),
         lambda nbytes: CudaPool(nbytes, device),
-        lambda nbytes: HostPool(nbytes, registrar=CudaRegistrar()),
+        lambda nbytes: HostPool(nbytes, registrar=CudaRegistrar(device)),
+        lambda paths: GdsReads(paths) if all(gds_is_real(path) for path in paths) else None,
     )

@@ -17,16 +17,12 @@ from tierstore.contracts import Pool, ReadRequest, Store
 from tierstore.errors import StoreError
 from tierstore.events import Moved, Recorder
 from tierstore.extents import Extent, align_up
-from tierstore.feeds.direct import DirectFeed
-from tierstore.feeds.staged import StagedFeed
+from tierstore.feeding import make_feeds
 from tierstore.ledger import Ledger
 from tierstore.plan import Plan
 from tierstore.prefetch import Prefetcher
-from tierstore.slots import SLOT_ALIGN, lay_out
+from tierstore.slots import SLOT_ALIGN
 from tierstore.tensors import Block, Unit
-
-TRANSFER_NBYTES = (64 << 10, 16 << 20)
-"""Least and most host memory that residents pass through on their way to a device, where nothing streams from disk."""
 
 
 class Runtime:
@@ -54,7 +50,6 @@ class Runtime:
         self._stores = stores
         self._unified = backend.engine.unified
         self._recorder = recorder
-        self._ram = ram
         self._closing = ExitStack()
         self._blocks: dict[str, tuple[Unit, Block]] = {b.name: (u, b) for u in units for b in u.blocks}
         tiers = plan.tier
@@ -64,7 +59,7 @@ class Runtime:
         self.ram_ledger = Ledger(plan.resident_nbytes[Tier.RAM] + plan.staging_nbytes, "ram")
         self.ring_ledger = Ledger(plan.ring_nbytes, "hbm")
         try:
-            self.feed = self._make_feed()
+            self.feed = make_feeds(units, stores, plan, backend, recorder, ram=ram, closing=self._closing)
             self.prefetcher = self._make_prefetcher()
         except BaseException:
             self.close()
@@ -73,7 +68,8 @@ class Runtime:
     @property
     def peak_bytes(self) -> dict[str, int]:
         """The most weight bytes that were ever in each memory tier."""
-        ram = self.feed.peak_staging_nbytes if isinstance(self.feed, StagedFeed) else self.ram_ledger.peak
+        staged = self.feed.staged
+        ram = self.ram_ledger.peak if staged is None else staged.peak_staging_nbytes
         return {"hbm": self.hbm_ledger.peak + self.ring_ledger.peak, "ram": ram}
 
     def keep(self, unit: str, block: str, data: Tensor) -> None:
@@ -81,8 +77,8 @@ class Runtime:
         if unit in self.residents:
             return
         host = data.cpu()
-        if isinstance(self.feed, StagedFeed) and self.plan.tier[unit] is Tier.RAM:
-            self.feed.write(self.units[unit], block, host)
+        if self.feed.staged is not None and self.plan.tier[unit] is Tier.RAM:
+            self.feed.staged.write(self.units[unit], block, host)
             return
         write = getattr(self._stores[unit], "write", None)
         if write is None:
@@ -117,10 +113,10 @@ class Runtime:
         """Bring every resident in, and what rests in pinned memory; close the stores that nothing needs any more."""
         for name in sorted(self.residents):
             self.prefetcher.resident(name)
-        if isinstance(self.feed, StagedFeed):
+        if self.feed.staged is not None:
             for unit in self.units.values():
                 if self.plan.tier[unit.name] is Tier.RAM:
-                    self.feed.kept(unit, unit.blocks[0].name)
+                    self.feed.staged.kept(unit, unit.blocks[0].name)
         streamed = {id(self._stores[name]) for name in self.units if self.plan.tier[name] is Tier.NVME}
         for store in self._stores.values():
             if id(store) not in streamed:
@@ -133,8 +129,8 @@ class Runtime:
         if unit.name in self.residents:
             slot = self.slot(unit.name)
             memory.copy_(slot.block_bytes(block, spec.nbytes))
-        elif isinstance(self.feed, StagedFeed) and self.plan.tier[unit.name] is Tier.RAM:
-            memory.copy_(self.feed.kept(unit, block))
+        elif self.feed.staged is not None and self.plan.tier[unit.name] is Tier.RAM:
+            memory.copy_(self.feed.staged.kept(unit, block))
         else:
             self._stores[unit.name].read(_requests(spec, 0, spec.nbytes, memory)).wait()
         return memory
@@ -147,27 +143,6 @@ class Runtime:
     def close(self) -> None:
         """End transfers and threads, then release memory and stores. Idempotent."""
         self._closing.close()
-
-    def _make_feed(self) -> DirectFeed | StagedFeed:
-        stores = list({id(store): store for store in self._stores.values()}.values())
-        for store in stores:
-            self._closing.callback(store.close)
-        feed: DirectFeed | StagedFeed
-        if self._unified:
-            (store,) = stores  # what computes from host memory and rests there is never moved
-            feed = DirectFeed(store, self._recorder)
-        else:
-            keep = [u for u in self.units.values() if self.plan.tier[u.name] is Tier.RAM]
-            passing = [u for u in self.units.values() if self.plan.tier[u.name] is not Tier.RAM]
-            least, most = TRANSFER_NBYTES
-            spare = self._ram - self.plan.resident_nbytes[Tier.RAM]
-            ring = self.plan.staging_nbytes or (min(max(spare, least), most) if passing else 0)
-            staging = self.backend.host_pool(sum(align_up(lay_out(u).nbytes, SLOT_ALIGN) for u in keep) + ring)
-            self._closing.callback(self.backend.engine.close)
-            self._closing.callback(staging.close)
-            feed = StagedFeed(self._stores, staging, self.backend.engine, self._recorder, keep=keep)
-        self._closing.callback(feed.close)
-        return feed
 
     def _make_prefetcher(self) -> Prefetcher:
         pools: dict[str, Pool] = {}

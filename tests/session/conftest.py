@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tierstore.backends import Backend, backend_for
+from tierstore.stores.reader import Reader
 from tierstore.testing.adversary import adversary
 
 
@@ -32,9 +34,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=["cpu", "adversary-1", "adversary-2"])
+@pytest.fixture(params=["cpu", "adversary-1", "adversary-2", "past-the-host-3"])
 def make_backend(request: pytest.FixtureRequest) -> Iterator[Callable[[], Backend]]:
-    """Makes a fresh backend a session; adversaries are asked for faults at the end."""
+    """Makes a fresh backend a session; adversaries are asked for faults at the end.
+
+    The last one reads shards straight into device memory, as GPUDirect Storage does.
+    """
     made = []
 
     def make() -> Backend:
@@ -42,7 +47,8 @@ def make_backend(request: pytest.FixtureRequest) -> Iterator[Callable[[], Backen
             return backend_for("cpu")
         adverse = adversary(int(request.param[-1]) + 100 * len(made))
         made.append(adverse)
-        return Backend(torch.device("cpu"), adverse.engine, adverse.pool, adverse.pool)
+        past_the_host = Reader if request.param.startswith("past") else lambda paths: None
+        return Backend(torch.device("cpu"), adverse.engine, adverse.pool, adverse.pool, cast(Any, past_the_host))
 
     yield make
     for adverse in made:
