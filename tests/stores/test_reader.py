@@ -169,6 +169,27 @@ def test_neighbours_in_memory_too_are_one_request(files: list[Path], calls: list
     assert torch.equal(into, content(files[5], Extent(4196, 1_000_000)))
 
 
+def test_what_does_not_agree_is_read_past_the_page_cache_too(
+    files: list[Path], calls: list[tuple[int, int, bool]]
+) -> None:
+    need_direct(files[5])
+    with open_reader(files) as opened:
+        calls.clear()
+        into = buffer(1_000_000, 1)
+        opened.read([ReadRequest(5, Extent(100, 1_000_000), into)]).wait()
+        assert torch.equal(into, content(files[5], Extent(100, 1_000_000)))
+        assert opened.direct[5]
+        assert all(direct for _, _, direct in calls)
+
+
+def test_an_idle_thread_keeps_no_file_open(files: list[Path]) -> None:
+    with open_reader(files, threads=1) as opened:
+        before = len(open_descriptors())
+        opened.read([ReadRequest(3, Extent(0, 5000), buffer(5000))]).wait()
+        opened.reopen(3)
+        assert len(open_descriptors()) == before
+
+
 def test_far_extents_are_read_apart(files: list[Path], calls: list[tuple[int, int, bool]]) -> None:
     with open_reader(files) as opened:
         calls.clear()

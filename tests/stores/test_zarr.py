@@ -291,6 +291,15 @@ def test_a_changed_byte_is_found_at_the_first_read(store: SpillStore, root: Path
     assert torch.equal(read_tensor(store, "a/../b"), TENSORS["a/../b"])
 
 
+def test_what_was_written_anew_is_checked_anew(store: SpillStore, root: Path) -> None:
+    read_tensor(store, "a/../b")
+    store.write("a/../b", torch.zeros(7, dtype=torch.uint8))
+    (chunk,) = (root / GROUP).glob("a*b/c/0")
+    chunk.write_bytes(b"\1" + bytes(6))
+    with pytest.raises(ChecksumError):
+        read_tensor(store, "a/../b")
+
+
 def test_a_tensor_is_checked_once(store: SpillStore, monkeypatch: pytest.MonkeyPatch) -> None:
     read_tensor(store, "layer.0")
     monkeypatch.setattr(SpillStore, "check", lambda *_: pytest.fail("checked again"))
@@ -496,6 +505,15 @@ def test_links_are_not_followed_out_of_the_store(root: Path, tmp_path: Path, inn
     with pytest.raises(StoreFormatError, match="is no folder"):
         create(root)
     assert names_below(target) == before
+
+
+def test_remove_does_not_follow_a_link(root: Path, tmp_path: Path) -> None:
+    made = create(root)
+    target = tmp_path / "precious"
+    os.rename(root / GROUP / "layer.0" / "c", target)
+    (root / GROUP / "layer.0" / "c").symlink_to(target)
+    made.remove()
+    assert names_below(target) == {"0"}
 
 
 @pytest.mark.parametrize("scenario", ["create", "write"])

@@ -169,10 +169,11 @@ def _work(queue: SimpleQueue[Job | None], closed: threading.Event, scratch_nbyte
     address = ctypes.addressof(ctypes.c_char.from_buffer(scratch))
     view = memoryview(scratch)
     while (job := queue.get()) is not None:
+        fence = job.fence
         error: StoreError | None = None
         if closed.is_set():
             error = StoreReadError("the store was closed before the read began: read before closing")
-        elif job.fence.begin():
+        elif fence.begin():
             try:
                 job.run(view, address)
             except StoreError as problem:
@@ -180,8 +181,9 @@ def _work(queue: SimpleQueue[Job | None], closed: threading.Event, scratch_nbyte
             except Exception as problem:  # a thread that died would leave its fence waiting for ever
                 error = StoreReadError(f"a read failed: {reason_of(problem)}")
                 error.__cause__ = problem
-        job.fence.finish(error)
-        del job, error  # an idle thread must not keep buffers or descriptors alive
+        del job  # an idle thread must not keep buffers or descriptors alive
+        fence.finish(error)
+        del fence, error
 
 
 def reason_of(error: BaseException) -> str:
