@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from tierstore.runtime import Runtime
 from tierstore.session import Engaged, Session
 from tierstore.stores.memory import MemoryStore
 from tierstore.stores.zarr import SpillStore
-from tierstore.tensors import Block, Unit
+from tierstore.tensors import Block, TensorSpec, Unit
 
 BUFFER_SHARE = 8
 """Buffers stay in memory while all of them take at most this part (one eighth) of hbm."""
@@ -170,7 +171,7 @@ class _Offloading:
             undo.callback(spill.close)
         memory: MemoryStore | None = None
         if in_memory:
-            memory = MemoryStore({b.name: spans[b.name].read().cpu() for u in in_memory for b in u.blocks})
+            memory = MemoryStore({b.name: _host_bytes(spans[b.name]) for u in in_memory for b in u.blocks})
             undo.callback(memory.close)
         for unit in units:
             store = spill if unit in spilled else memory
@@ -189,7 +190,11 @@ class _Offloading:
                 f"or pass store= with a directory that they may be streamed from",
                 needed=self._budget.hbm + need,
             )
-        tensors = ((b.name, spans[b.name].read().cpu()) for unit in units for b in unit.blocks)
+        tensors = (
+            (TensorSpec(b.name, "uint8", (b.nbytes,)), partial(_host_bytes, spans[b.name]))  # one at a time in RAM
+            for unit in units
+            for b in unit.blocks
+        )
         return SpillStore.create(
             self._root, tensors, fingerprint=_fingerprint(self._entries), limit_nbytes=self._budget.nvme
         )
@@ -260,6 +265,10 @@ def _restorer(runtime: Runtime) -> Callable[[Held], Tensor]:
         return empty.set_(memory.untyped_storage(), item.meta.storage_offset(), item.meta.size(), item.meta.stride())
 
     return restore
+
+
+def _host_bytes(span: Span) -> Tensor:
+    return span.read().cpu()
 
 
 def _planned_block(span: Span) -> Block:
