@@ -1,0 +1,1 @@
+"""The parts of gpu_check: each is measured in a process of its own."""
