@@ -17,7 +17,7 @@ from tierstore.tensors import Unit
 class KeptUnit:
     """``part`` of ``unit`` in ``lease``, which stays until the feed closes.
 
-    ``lock`` is held while an upload is issued and ``uploaded`` set to its fence, so that a write comes wholly before
+    ``lock`` is held while an upload is issued and its fence added to ``uploads``, so that a write comes wholly before
     or after it. ``queued`` counts the uploads that another thread will issue: nobody may overtake these, for an upload
     may wait for an earlier one.
     """
@@ -27,7 +27,7 @@ class KeptUnit:
         self.lease = lease
         self.lock = Lock()
         self.queued = 0
-        self.uploaded: Fence | None = None
+        self.uploads: list[Fence] = []  # those that may still read
         self._unit = unit
         self._store = store
         self._read: Fence | None = None
@@ -53,11 +53,11 @@ class KeptUnit:
         return cast(torch.Tensor, self.lease.buffer)[start : start + nbytes]
 
     def write(self, block: str, data: Buffer, trips: TripLog) -> None:
-        """Replace the bytes of a block, after the last upload has read them."""
+        """Replace the bytes of a block, after every upload has read them."""
         view = self.view(block, trips)
         with self.lock:
-            if self.uploaded is not None:
-                self.uploaded.wait()
+            for upload in self.uploads:
+                upload.wait()
             view.copy_(cast(torch.Tensor, data))
 
 

@@ -190,8 +190,9 @@ class StagedFeed:
 
     def _upload_kept(self, kept: KeptUnit, lease: Lease) -> Fence:
         """With ``kept.lock`` held."""
-        kept.uploaded = self._copy(kept.part, kept.lease, lease)
-        return self._trips.begin(kept.uploaded, "ram->hbm", kept.part.nbytes)
+        copied = self._copy(kept.part, kept.lease, lease)
+        kept.uploads = [upload for upload in kept.uploads if not upload.done()] + [copied]
+        return self._trips.begin(copied, "ram->hbm", kept.part.nbytes)
 
     def _copy(self, part: Part, staging: Lease, lease: Lease) -> Fence:
         src, dst = staging.buffer, lease.buffer
