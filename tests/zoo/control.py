@@ -328,7 +328,7 @@ class ParameterHooks(_Layers):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        return x + len(getattr(self.layers[2].weight, 'note', 'kept'))  # type: ignore[arg-type]
+        return x + len(getattr(self.layers[2].weight, "note", "kept"))  # type: ignore[arg-type]
 
 
 def _halve(parameter: Tensor) -> None:
@@ -336,7 +336,11 @@ def _halve(parameter: Tensor) -> None:
     parameter.grad = parameter.grad * 0.5
 
 
-add("a list of modules", lambda: nn.Sequential(nn.Sequential(nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 16))), nn.Linear(16, 16)), floats(3, 16))
+add(
+    "a list of modules",
+    lambda: nn.Sequential(nn.Sequential(nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 16))), nn.Linear(16, 16)),
+    floats(3, 16),
+)
 
 
 @entry(ints(40, 2, 5), copies=False)

@@ -361,7 +361,9 @@ def budget_of(setting: Setting, need: Need) -> Budget:
     whole = need.movable + need.staying
     least = need.staying + -(-need.step * 6 // 5)
     hbm = max(least, int(setting.share * whole))
-    ram = {"disk": 0, "kept": 2 * whole + (1 << 20), "staged": max(need.movable // 4, 64 << 10)}[setting.backend]
+    ram = {"disk": 0, "kept": 2 * whole + (1 << 20), "staged": max(need.movable // 4, need.step, 64 << 10)}[
+        setting.backend
+    ]
     return Budget(hbm, ram)
 
 

@@ -39,13 +39,23 @@ _weights("channels_last parameter", lambda: [torch.randn(4, 4, 3, 3).contiguous(
 _weights("scalars and ones", lambda: [torch.tensor(2.0), torch.randn(1), torch.randn(1, 1, 1), torch.randn(16)])
 _weights("empty parameter", lambda: [torch.empty(0), torch.empty(0, 5), torch.randn(16, 16)])
 # writing to memory that several elements share is an error in plain torch too
-_weights("expanded", lambda: [torch.randn(16, 1).expand(16, 8), torch.randn(16)], edits=False, copies=False, grads=False)
+_weights(
+    "expanded", lambda: [torch.randn(16, 1).expand(16, 8), torch.randn(16)], edits=False, copies=False, grads=False
+)
 _weights("as_strided", lambda: [torch.randn(100).as_strided((5, 4), (11, 2), 3), torch.randn(64)[::4]])
 _weights("misaligned", lambda: [torch.randn(257)[1:].view(16, 16), torch.randn(300)[7:263].view(16, 16)])
 _weights("float64", lambda: [torch.randn(16, 16, dtype=torch.float64), torch.randn(3, dtype=torch.float64)])
 _weights("half", lambda: [torch.randn(16, 16).half(), torch.randn(33).bfloat16()])
-_weights("complex", lambda: [torch.randn(8, 8, dtype=torch.complex64), torch.randn(4, dtype=torch.complex128)], grads=False)
-_weights("integers", lambda: [nn.Parameter(torch.randint(-9, 9, (16, 16), dtype=torch.int8), False), nn.Parameter(torch.randint(0, 9, (9,)), False)])
+_weights(
+    "complex", lambda: [torch.randn(8, 8, dtype=torch.complex64), torch.randn(4, dtype=torch.complex128)], grads=False
+)
+_weights(
+    "integers",
+    lambda: [
+        nn.Parameter(torch.randint(-9, 9, (16, 16), dtype=torch.int8), False),
+        nn.Parameter(torch.randint(0, 9, (9,)), False),
+    ],
+)
 
 
 def _flat() -> nn.Module:
@@ -97,7 +107,12 @@ class Buffers(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        rows = self.as_int8.float() * self.as_bools + self.as_half.float() + self.as_bfloat.float() + self.as_double.float()
+        rows = (
+            self.as_int8.float() * self.as_bools
+            + self.as_half.float()
+            + self.as_bfloat.float()
+            + self.as_double.float()
+        )
         return x + rows[self.as_long % 7].sum(0) + self.as_complex.abs().sum(0)
 
 
@@ -133,7 +148,9 @@ class Eightbit(Tensor):
             return Eightbit(args[0].codes, args[0].scale)
         if func is torch.ops.aten.clone.default:
             return Eightbit(args[0].codes.clone(), args[0].scale.clone())
-        return func(*tree_map_only(Eightbit, Eightbit.plain, args), **tree_map_only(Eightbit, Eightbit.plain, kwargs or {}))
+        return func(
+            *tree_map_only(Eightbit, Eightbit.plain, args), **tree_map_only(Eightbit, Eightbit.plain, kwargs or {})
+        )
 
 
 def quantised(rows: int, columns: int) -> Eightbit:

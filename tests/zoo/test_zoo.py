@@ -14,6 +14,7 @@ PARTS = (torch_classes, changed, tensors, control)  # importing them fills the z
 RUNS = 2
 
 
+@pytest.mark.filterwarnings("ignore")  # what torch says of these modules, plain ones too
 @pytest.mark.parametrize("name", ENTRIES)
 def test_offloaded_is_plain(name: str, tmp_path: Path) -> None:
     entry = ENTRIES[name]

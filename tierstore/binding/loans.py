@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import Condition, get_ident
 from typing import Protocol, cast
 
 import torch
@@ -16,6 +18,7 @@ from tierstore.prefetch import Prefetcher
 from tierstore.tensors import Unit
 
 _SLOTS_KEPT = 32
+_PATIENCE_SECONDS = 10.0  # how long one thread waits for the memory that others use
 
 LOOKED_UP_FROM = 1 << 20
 """Embedding tables from this size on, in bytes, are read row by row."""
@@ -56,36 +59,83 @@ class Loans:
         self._unit_of = {block.name: unit.name for unit in units.values() for block in unit.blocks}
         self._nbytes = {block.name: block.nbytes for unit in units.values() for block in unit.blocks}
         self._slots: dict[str, dict[int, Slot]] = {}
+        self._users: list[list[int]] = []
+        self._waiting: set[int] = set()
+        self._releases = 0
+        self._changed = Condition()
         self.step_aside: Callable[[], bool] = lambda: False
 
     def unit_of(self, block: str) -> str:
         """The unit that a block is fetched with."""
         return self._unit_of[block]
 
-    def acquire(self, names: Sequence[str]) -> list[Slot]:
-        """Slots of units, in memory until ``release``."""
+    def acquire(self, names: Sequence[str], threads: list[int]) -> list[Slot]:
+        """Slots of units, in memory until ``release``. Where there is no room, waits for other threads' uses to end.
+
+        ``threads`` are those that use the units, as long as they do: the list may change meanwhile."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        with self._changed:
+            self._users.append(threads)  # before the memory is theirs, so that who lacks it sees whom to wait for
         try:
-            leases = self.prefetcher.acquire(names)
-        except CapacityError:
-            if not self.step_aside():
-                raise
-            leases = self.prefetcher.acquire(names)
+            while True:
+                seen = self._releases
+                try:
+                    leases = self.prefetcher.acquire(names)
+                    break
+                except CapacityError:
+                    if not self.step_aside() and not self._wait_for_others(seen, deadline):
+                        raise
+        except BaseException:
+            self._end_use(threads)
+            raise
         return [self._slot(name, lease) for name, lease in zip(names, leases, strict=True)]
 
-    def release(self, names: Sequence[str]) -> None:
-        """End what ``acquire`` began."""
+    def release(self, names: Sequence[str], threads: list[int]) -> None:
+        """End what ``acquire`` began; ``threads`` is the same list."""
         self.prefetcher.release(names)
+        self._end_use(threads)
+
+    def _end_use(self, threads: list[int]) -> None:
+        with self._changed:
+            self._users = [users for users in self._users if users is not threads]
+            self._releases += 1
+            self._changed.notify_all()
+
+    def detain(self, name: str) -> None:
+        """Keep a unit that is in use for those who still see it; nobody waits for its end, which is ``let_go``."""
+        self.prefetcher.acquire([name])
+
+    def let_go(self, name: str) -> None:
+        """End a ``detain``."""
+        self.prefetcher.release([name])
+
+    def _wait_for_others(self, seen: int, deadline: float) -> bool:
+        """Wait for a release since ``seen``; False when no other thread uses anything, or all of them wait as well."""
+        me = get_ident()
+        with self._changed:
+            self._waiting.add(me)
+            self._changed.notify_all()
+            try:
+                while self._releases == seen:
+                    others = {thread for users in self._users for thread in users} - self._waiting
+                    if not others or time.monotonic() > deadline:
+                        return False
+                    self._changed.wait(_PATIENCE_SECONDS)
+                return True
+            finally:
+                self._waiting.discard(me)
 
     @contextmanager
     def loan(self, blocks: Sequence[str], *, written: Sequence[str]) -> Iterator[Mapping[str, Slot]]:
         names = list(dict.fromkeys(self._unit_of[block] for block in blocks))
-        slots = dict(zip(names, self.acquire(names), strict=True))
+        threads = [get_ident()]
+        slots = dict(zip(names, self.acquire(names, threads), strict=True))
         try:
             yield {block: slots[self._unit_of[block]] for block in blocks}
             for block in written:
                 self.keep(block, slots[self._unit_of[block]])
         finally:
-            self.release(names)
+            self.release(names, threads)
 
     def keep(self, block: str, slot: Slot) -> None:
         """Store a block that was changed in its slot. When that fails the change is undone, and the error comes out."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from threading import RLock
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ class Turn:
         self._places = sum(len(seat.locations) for seat in self._seats)
         self._loans = loans
         self._depth = 0
+        self._threads: list[int] = []  # inside now
         self._pinned = False
         self._placed: _Bound | None = None
         self._plain = False
@@ -96,12 +98,15 @@ class Turn:
 
     def enter(self) -> None:
         with self._lock:
+            self._threads.append(get_ident())
             if self._depth:
                 self._depth += 1
+                if self._placed is not None and torch.is_grad_enabled():
+                    self._take_back()  # a graph would keep the slot
                 return
             self._free_detained()
             try:
-                slot = self._loans.acquire([self.unit])[0]
+                slot = self._loans.acquire([self.unit], self._threads)[0]
             except (
                 CapacityError
             ):  # beside what is in use; each operation will find room for itself, or say what it lacks
@@ -117,6 +122,8 @@ class Turn:
             if not self._depth:
                 return
             self._depth -= 1
+            with suppress(ValueError):
+                self._threads.remove(get_ident())
             if self._depth:
                 return
             try:
@@ -152,7 +159,7 @@ class Turn:
     def _unpin(self) -> None:
         if self._pinned:
             self._pinned = False
-            self._loans.release([self.unit])
+            self._loans.release([self.unit], self._threads)
 
     def _place(self, slot: Slot) -> None:
         bound = self._bound.get(slot.key)
@@ -196,7 +203,7 @@ class Turn:
         del tensor
         if bound.escaped():
             # someone kept a view of the slot: its memory stays theirs until they drop it
-            self._loans.acquire([self.unit])
+            self._loans.detain(self.unit)
             self._detained.append(bound)
             self._plain, self._escapes = False, True
         for block in written:
@@ -205,7 +212,7 @@ class Turn:
     def _free_detained(self) -> None:
         for bound in [b for b in self._detained if not b.escaped()]:
             self._detained.remove(bound)
-            self._loans.release([self.unit])
+            self._loans.let_go(self.unit)
 
     def _ghost_views_live(self) -> bool:
         return any(storage_users(s) > n for s, n in zip(self._storages, self._quiet_users, strict=True))
