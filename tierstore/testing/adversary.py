@@ -195,9 +195,10 @@ class AdversaryEngine:
     def check_written_in_place(self, lease: RegionLease) -> None:
         """Where compute and store share memory, who fills a lease must have waited for its earlier users."""
         start, end = _range(lease.buffer)
+        # not under the lock: these fences have locks of their own, which others hold while they wait for a copy
+        late = any(not fence.done() for fence in lease.after)
         with self._lock:
             copied = any(touch.how == "written" and touch.overlaps(start, end) for touch in self._touches)
-            late = any(not fence.done() for fence in lease.after)
             if self.unified and late and not copied and not bool((lease.buffer == POISON).all()):
                 self.faults.append(f"{lease.extent} was filled before its earlier users were waited for")
 
