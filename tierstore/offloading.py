@@ -87,7 +87,7 @@ class _Offloading:
         self._unified = backend.engine.unified
         self._tally = Tally()
         self._entries = find_entries(module)
-        self._spans = find_spans(self._entries)
+        self._spans = find_spans(self._entries, in_place=self._unified)
 
     def session(self) -> Session:
         staying = [entry for entry in self._entries if entry.stays]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from threading import RLock
 
 from tierstore.budget import format_nbytes
@@ -20,7 +21,7 @@ _SLOT_ALIGN = 4096  # what feeds ask of a lease
 class _Held:
     """A unit that has a lease: bytes on their way, or there."""
 
-    __slots__ = ("arrived", "fence", "lease", "released", "spoiled", "users")
+    __slots__ = ("arrived", "fence", "lease", "marks", "spoiled", "users")
 
     def __init__(self, lease: Lease, fence: Fence) -> None:
         self.lease = lease
@@ -28,31 +29,34 @@ class _Held:
         self.arrived = False
         self.users = 0
         self.spoiled = False
-        self.released: Fence | None = None
+        self.marks: list[Fence] = []  # where uses ended that are not known to be over, one a thread at least
+
+    def mark(self, fence: Fence) -> None:
+        """Note that a use ends with ``fence``."""
+        self.marks = [mark for mark in self.marks if not mark.done()]
+        self.marks.append(fence)
 
 
 class _Over:
-    """Done when another fence is, whether its work succeeded or not: all that reuse of memory needs."""
+    """Done when all of some fences are, whether their work succeeded or not: all that reuse of memory needs."""
 
-    __slots__ = ("_fence",)
+    __slots__ = ("_fences",)
 
-    def __init__(self, fence: Fence) -> None:
-        self._fence = fence
+    def __init__(self, fences: Sequence[Fence]) -> None:
+        self._fences = fences
 
     def done(self) -> bool:
-        return self._fence.done()
+        return all(fence.done() for fence in self._fences)
 
     def wait(self) -> None:
-        try:
-            self._fence.wait()
-        except TierstoreError:
-            return  # whoever used the unit was told; here only the end of the work matters
+        for fence in self._fences:
+            with suppress(TierstoreError):  # whoever used the unit was told; here only the end of the work matters
+                fence.wait()
 
     def gate(self) -> None:
-        try:
-            self._fence.gate()
-        except TierstoreError:
-            return
+        for fence in self._fences:
+            with suppress(TierstoreError):
+                fence.gate()
 
 
 class Prefetcher:
@@ -117,7 +121,7 @@ class Prefetcher:
             for name, unit in zip(names, held, strict=True):
                 if not unit.arrived:
                     self._arrive(name, unit)
-                elif unit.released is not None:
+                elif not unit.fence.done():
                     unit.fence.gate()  # arrived for another stream's compute, perhaps not for this one's
         except BaseException:
             with self._lock:
@@ -137,11 +141,14 @@ class Prefetcher:
             self._advance()
 
     def borrow(self, nbytes: int) -> Lease | None:
-        """A lease of ``nbytes`` weight bytes in the ring for a short use, or None when there is no room.
-
-        End it with ``give_back`` here, not on the lease."""
+        """A lease of ``nbytes`` weight bytes in the ring for a short use, or None when there is no room;
+        its earlier users are through. End it with ``give_back`` here, not on the lease."""
         with self._lock:
-            return None if self._closed else self._make_room(self._ring, self._ledger, nbytes, nbytes, 0)
+            lease = None if self._closed else self._make_room(self._ring, self._ledger, nbytes, nbytes, 0)
+        if lease is not None:
+            for fence in lease.after:
+                fence.wait()
+        return lease
 
     def give_back(self, lease: Lease, nbytes: int) -> None:
         """End a ``borrow``."""
@@ -155,8 +162,8 @@ class Prefetcher:
         with self._lock:
             (held,) = self._hold([name])
         try:
-            if not held.arrived:
-                self._arrive(name, held)
+            held.fence.wait()  # for the compute of every stream, from now on
+            held.arrived = True
         finally:
             with self._lock:
                 self._unhold([name])
@@ -200,7 +207,7 @@ class Prefetcher:
         with self._lock:
             self._closed = True
             for name in list(self._held):
-                _Over(self._held[name].fence).wait()
+                _Over([self._held[name].fence]).wait()
                 self._drop(name)
 
     def _visit(self, name: str) -> None:
@@ -249,10 +256,10 @@ class Prefetcher:
         for name in names:
             held = self._held[name]
             held.users -= 1
-            if not held.users and name not in self._residents:
+            if name not in self._residents:
                 mark = mark or self._mark()
-                held.released = mark
-                if held.spoiled:
+                held.mark(mark)
+                if held.spoiled and not held.users:
                     self._drop(name)
 
     def _arrive(self, name: str, held: _Held) -> None:
@@ -309,8 +316,7 @@ class Prefetcher:
     def _drop(self, name: str) -> None:
         held = self._held.pop(name)
         # not yet gated by compute: the transfer itself is the last user of the memory
-        fence = held.released if held.arrived and held.released is not None else held.fence
-        held.lease.give_back(_Over(fence))
+        held.lease.give_back(_Over(held.marks if held.arrived and held.marks else [held.fence]))
         self._ledgers.get(name, self._ledger).give(self._units[name].nbytes)
 
     def _too_much(self, names: Sequence[str]) -> CapacityError:

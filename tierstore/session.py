@@ -37,7 +37,7 @@ class Engaged:
         self._stalled_before = 0.0
         self._compute_seconds: float | None = None
         self._unsettled = set(runtime.residents)
-        self._watch = Passes(module, self._end_pass)
+        self._watch = Passes(module, self._begin_pass, self._end_pass)
 
     def settle(self) -> None:
         """Give every resident that has arrived its memory for good."""
@@ -70,6 +70,10 @@ class Engaged:
     def stop(self) -> None:
         """Stop watching passes. Idempotent."""
         self._watch.close()
+
+    def _begin_pass(self) -> None:
+        self._pass_began = time.perf_counter()
+        self._stalled_before = self._tally.stalled_seconds
 
     def _end_pass(self, whole: bool) -> None:
         if not whole:

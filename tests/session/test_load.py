@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +211,19 @@ def test_writing_to_a_streamed_weight_of_a_checkpoint_is_refused_and_undone(
                 parameter.copy_(kept)
         assert refused
         assert torch.equal(session.module(PROMPT).logits, expected[0])
+
+
+def test_two_threads_run_the_module_at_once(
+    checkpoint: Path, expected: Any, nbytes: int, make_backend: Callable[[], Backend]
+) -> None:
+    with tierstore.load(checkpoint, Budget(nbytes // 2, ram=2 * nbytes), backend=make_backend()) as session:
+        ready = threading.Barrier(2)
+
+        def work() -> list[bool]:
+            ready.wait()
+            with torch.no_grad():
+                return [torch.equal(session.module(PROMPT).logits, expected[0]) for _ in range(8)]
+
+        with ThreadPoolExecutor(2) as threads:
+            runs = [threads.submit(work) for _ in range(2)]
+            assert all(all(run.result()) for run in runs)

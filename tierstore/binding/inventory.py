@@ -39,7 +39,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes ``[start, end)`` of one storage that tensors cover; ``phase`` is its address modulo 64."""
+    """Bytes ``[start, end)`` of one storage that tensors cover, ``phase`` bytes after an aligned address."""
 
     name: str
     start: int
@@ -167,8 +167,12 @@ def _why_it_stays(name: str, tensor: Tensor) -> str:
     return ""
 
 
-def find_spans(entries: list[Entry]) -> list[Span]:
-    """The blocks of the movable entries: tensors whose bytes overlap within a storage share one."""
+def find_spans(entries: list[Entry], *, in_place: bool) -> list[Span]:
+    """The blocks of the movable entries: tensors whose bytes overlap within a storage share one.
+
+    Where weights are computed with ``in_place``, each keeps its address modulo 64, for the same bits. A copy on
+    another device lands aligned, as torch's own copy would.
+    """
     by_storage: dict[int, list[tuple[int, int, Entry]]] = {}
     fixed: set[int] = set()
     for entry in entries:
@@ -198,7 +202,8 @@ def find_spans(entries: list[Entry]) -> list[Span]:
             start, end = members[0][0], max(m[1] for m in members)
             address = members[0][2].tensor.untyped_storage().data_ptr() + start
             held = sorted((m[2] for m in members), key=lambda e: order[id(e)])
-            spans.append((order[id(held[0])], Span(held[0].name, start, end, address % PHASE, tuple(held))))
+            phase = address % (PHASE if in_place else max(m[2].tensor.itemsize for m in members))
+            spans.append((order[id(held[0])], Span(held[0].name, start, end, phase, tuple(held))))
     return [span for _, span in sorted(spans, key=lambda item: item[0])]
 
 

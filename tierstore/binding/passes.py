@@ -1,4 +1,4 @@
-"""Notices where a pass over the whole model ends."""
+"""Notices where a pass over the whole model begins and ends."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from tierstore.binding.forwards import unwatch, watch
 
 
 class Passes:
-    """Calls ``end(whole)`` when the outermost forward of ``root`` is over, with False when an exception left it."""
+    """Calls ``begin`` before the outermost forward of ``root``, and ``end(whole)`` when it is over, with False
+    when an exception left it."""
 
-    def __init__(self, root: nn.Module, end: Callable[[bool], None]) -> None:
+    def __init__(self, root: nn.Module, begin: Callable[[], None], end: Callable[[bool], None]) -> None:
         self._root = root
+        self._begin = begin
         self._end = end
         self._depth = 0
         self._lock = RLock()
@@ -27,6 +29,8 @@ class Passes:
     def enter(self) -> None:
         with self._lock:
             self._depth += 1
+            if self._depth == 1:
+                self._begin()
 
     def leave(self, whole: bool) -> None:
         with self._lock:

@@ -19,7 +19,7 @@ class Slot:
     __slots__ = ("key", "offsets", "storage")
 
     def __init__(self, memory: torch.Tensor, offsets: Mapping[str, int]) -> None:
-        self.storage = from_dlpack(memory).untyped_storage()
+        self.storage = _again(memory).untyped_storage()
         self.offsets = offsets
         self.key: int = self.storage._cdata
 
@@ -34,7 +34,7 @@ class Slot:
 
     def apart(self, block: str, nbytes: int) -> torch.UntypedStorage:
         """A storage of only ``block``, which has ``nbytes``: for tensors that stay in the slot for good."""
-        return from_dlpack(self.block_bytes(block, nbytes)).untyped_storage()
+        return _again(self.block_bytes(block, nbytes)).untyped_storage()
 
     def block_bytes(self, block: str, nbytes: int) -> torch.Tensor:
         """The bytes of ``block``: 1-D uint8."""
@@ -44,6 +44,11 @@ class Slot:
     def users(self) -> int:
         """How many tensors, in Python or inside torch, share the storage now."""
         return storage_users(self.storage)
+
+
+def _again(memory: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor with a storage of its own, also when its device is not the current one."""
+    return from_dlpack(cast(Any, torch).to_dlpack(memory))
 
 
 def storage_users(storage: torch.UntypedStorage) -> int:

@@ -70,6 +70,7 @@ class Turn:
         self._loans = loans
         self._depth = 0
         self._threads: list[int] = []  # inside now
+        self._nested = 0  # uses inside the first one
         self._pinned = False
         self._placed: _Bound | None = None
         self._plain = False
@@ -92,8 +93,7 @@ class Turn:
         while self._modules:
             unwatch(self._modules.pop(), self)
         with self._lock:
-            if self._depth:
-                self._depth = 1
+            while self._depth:
                 self.leave(whole=False)
 
     def enter(self) -> None:
@@ -101,15 +101,16 @@ class Turn:
             self._threads.append(get_ident())
             if self._depth:
                 self._depth += 1
+                if self._pinned:
+                    self._loans.detain(self.unit)  # each use ends where its own thread's compute does
+                    self._nested += 1
                 if self._placed is not None and torch.is_grad_enabled():
                     self._take_back()  # a graph would keep the slot
                 return
             self._free_detained()
             try:
                 slot = self._loans.acquire([self.unit], self._threads)[0]
-            except (
-                CapacityError
-            ):  # beside what is in use; each operation will find room for itself, or say what it lacks
+            except CapacityError:  # beside what is in use: each operation finds room for itself, or says what it lacks
                 self._depth = 1
                 return
             self._pinned = True
@@ -125,6 +126,9 @@ class Turn:
             with suppress(ValueError):
                 self._threads.remove(get_ident())
             if self._depth:
+                if self._nested:
+                    self._nested -= 1
+                    self._loans.let_go(self.unit)
                 return
             try:
                 if self._placed is not None:
@@ -141,7 +145,7 @@ class Turn:
             return False
         try:
             self._free_detained()
-            if not self._pinned:
+            if not self._pinned or self._nested:
                 return False
             if self._placed is not None:
                 if self._placed.escaped(seated=self._places):

@@ -39,8 +39,9 @@ class CudaFence:
         """Whether the device has come past it, or failed."""
         try:
             return bool(cast(Any, self._event).query())
-        except RuntimeError:  # a device that failed does nothing any more; `wait` says why
-            return True
+        except RuntimeError as error:
+            # While a graph is captured events cannot be asked. A device that failed does nothing any more.
+            return "capture" not in str(error)
 
     def wait(self) -> None:
         """Block the host. Raises ``DeviceError`` when the device failed."""

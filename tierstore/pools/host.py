@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -42,7 +43,7 @@ class HostPool(RegionPool):
         if nbytes < 0:
             raise BudgetError(f"{name} was asked to hold {nbytes} bytes: give 0 or more")
         self.notes: list[str] = []
-        region = _anonymous(nbytes, name)
+        region = _anonymous(nbytes, name, pinned=registrar is not None)
         super().__init__(region, name=name)
         self._registrar = registrar
         self._segment = registrar.segment_nbytes if registrar is not None else 0
@@ -103,18 +104,21 @@ class HostPool(RegionPool):
         return max(number * self._segment, self._address), min((number + 1) * self._segment, end)
 
 
-def _anonymous(nbytes: int, name: str) -> torch.Tensor:
+def _anonymous(nbytes: int, name: str, *, pinned: bool) -> torch.Tensor:
     """Private zeroed memory, uint8 of shape ``(nbytes,)``, unmapped with its last view."""
     with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
-        return _mapped(nbytes, name) if nbytes else torch.empty(0, dtype=torch.uint8)
+        return _mapped(nbytes, name, pinned=pinned) if nbytes else torch.empty(0, dtype=torch.uint8)
 
 
-def _mapped(nbytes: int, name: str) -> torch.Tensor:
+def _mapped(nbytes: int, name: str, *, pinned: bool) -> torch.Tensor:
     try:
         memory = mmap.mmap(-1, align_up(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise CapacityError(
             f"{name} needs {format_nbytes(nbytes)} of RAM, the system refuses: {error}: lower Budget.ram or Budget.hbm"
         ) from error
+    if pinned and hasattr(mmap, "MADV_DONTFORK"):
+        with suppress(OSError):  # a fork would make pinned pages copy on write, away from where the device sees them
+            memory.madvise(mmap.MADV_DONTFORK)
     # no huge pages: where the system must first find or clear them, they delay the first token (docs/performance.md)
     return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)

@@ -55,7 +55,7 @@ def prove(
         moved = session.report().bytes_moved
     if not moved:
         raise AssertionError(
-            f"no weight moved under {budget}: the module fits, so this proves nothing about offloading; lower the budget"
+            f"no weight moved under {budget}: the module fits, which proves nothing about offloading: lower the budget"
         )
     return Proof(len(expected), sum(len(tensors) for _, tensors in expected), moved)
 
