@@ -183,7 +183,7 @@ def test_units_needed_together_come_together_or_not_at_all(names: str) -> None:
     bench.prefetcher.start()
     wanted: Sequence[str] = list(names)
     if len(names) > 2:
-        with pytest.raises(CapacityError, match="raise Budget.hbm by at least"):
+        with pytest.raises(CapacityError, match=r"raise Budget\.hbm by at least"):
             bench.prefetcher.acquire(wanted)
         bench.use("abcd")
     else:
