@@ -1,10 +1,14 @@
 """Random trees of modules with random wiring, compared with the plain run."""
 
+# To torch's types an attribute of a module is a Tensor or a Module.
+# mypy: disable-error-code="arg-type, no-any-return, operator"
+
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,9 +72,8 @@ class Node(nn.Module):
 
 
 @st.composite
-def builders(draw: Callable[..., object]) -> Callable[[], nn.Module]:
+def builders(draw: Callable[..., Any]) -> Callable[[], nn.Module]:
     count = draw(st.integers(1, 4))
-    assert isinstance(count, int)
     plans = [
         (draw(st.lists(STEPS, min_size=1, max_size=4)), draw(st.lists(st.integers(0, LEAVES - 1), max_size=2)))
         for _ in range(count)
@@ -79,13 +82,13 @@ def builders(draw: Callable[..., object]) -> Callable[[], nn.Module]:
 
     def build() -> nn.Module:
         leaves = [nn.Linear(SIZE, SIZE) for _ in range(LEAVES)]
-        for one, other in ties:  # type: ignore[attr-defined]
+        for one, other in ties:
             leaves[one].weight = leaves[other].weight
         nodes: list[Node] = []
         for number, (steps, own) in enumerate(plans):
             everything = list(range(LEAVES)) if number == len(plans) - 1 else own
             children = [nodes[-1]] if nodes and number % 2 == 0 else list(nodes)
-            nodes.append(Node(steps, leaves, everything, children))  # type: ignore[arg-type]
+            nodes.append(Node(steps, leaves, everything, children))
         return nodes[-1]
 
     return build

@@ -1,5 +1,9 @@
 """Every class of torch.nn that has weights, alone and in small stacks."""
 
+# To torch's types an attribute of a module is a Tensor or a Module; what is written here is what people write.
+# mypy: disable-error-code="arg-type, assignment, attr-defined, call-overload, has-type, index, misc, no-any-return"
+# mypy: disable-error-code="no-untyped-call, operator, override, union-attr"
+
 from __future__ import annotations
 
 from collections.abc import Callable
