@@ -1,0 +1,30 @@
+"""Rows of what was measured beside what was to be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """``met`` is None for a figure that has no goal."""
+
+    what: str
+    measured: str
+    goal: str = ""
+    met: bool | None = None
+
+
+def as_text(rows: Sequence[Row]) -> str:
+    """A table; the last column says "met" or "MISSED"."""
+    return "\n".join(line.rstrip() for line in _lines(rows))
+
+
+def _lines(rows: Sequence[Row]) -> Iterator[str]:
+    verdicts = {None: "", True: "met", False: "MISSED"}
+    cells = [("measure", "value", "goal", "")]
+    cells += [(row.what, row.measured, row.goal, verdicts[row.met]) for row in rows]
+    widths = [max(len(cell[column]) for cell in cells) for column in range(3)]
+    for what, measured, goal, verdict in cells:
+        yield f"{what:<{widths[0]}}  {measured:>{widths[1]}}  {goal:<{widths[2]}}  {verdict}"

@@ -1,0 +1,104 @@
+"""The benches run, and what they make and say holds together. Their figures are for ``docs/performance.md``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "scripts"
+SHAPE = ["--hidden=64", "--layers=3", "--ffn=96", "--heads=4", "--kv-heads=2", "--vocab=128"]
+
+
+def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, env=environment)
+
+
+def make(folder: Path, *arguments: str) -> dict[str, bytes]:
+    """The files of a checkpoint made anew."""
+    done = run("make_checkpoint.py", folder, *SHAPE, *arguments)
+    assert done.returncode == 0, done.stderr
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_smoke_run_measures_everything(tmp_path: Path) -> None:
+    done = run("bench_streaming.py", "--smoke", "--threads=1", "--out", tmp_path / "out.txt")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.txt").read_text() == done.stdout
+    table, _, line = done.stdout.rstrip("\n").rpartition("\n\n")
+    assert "decode: wall per token" in table
+    said: dict[str, Any] = json.loads(line)
+    exact = [what for what, met in said["goals"].items() if "equal" in what and met]
+    assert len(exact) == 3, said["goals"]
+    assert said["goals"]["bytes written"]
+    decode = said["figures"]["tierstore_decode"]
+    assert 0 < decode["streamed_nbytes"] < said["checkpoint_nbytes"]
+    assert decode["report"]["peak_bytes"]["hbm"] <= said["hbm_nbytes"]
+    assert said["figures"]["accelerate_decode"]["modules_on_disk"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_checkpoint_is_what_transformers_reads(tmp_path: Path, dtype: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    files = make(tmp_path, f"--dtype={dtype}", "--shard-nbytes=60000")
+    assert sum(name.endswith(".safetensors") for name in files) > 2
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.dtype == getattr(torch, dtype)
+    weights = dict(model.named_parameters())
+    assert torch.equal(weights["model.norm.weight"], torch.ones(64, dtype=model.dtype))
+    others = torch.cat([w.flatten().float() for w in weights.values() if w.dim() == 2])
+    assert abs(others.mean().item()) < 1e-3
+    assert others.std().item() == pytest.approx(0.02, rel=0.05)
+    with torch.no_grad():
+        assert model(input_ids=torch.arange(9)[None]).logits.isfinite().all()
+
+
+def test_checkpoint_is_the_same_each_time_and_kept(tmp_path: Path) -> None:
+    first = make(tmp_path / "a")
+    assert make(tmp_path / "b") == first
+    assert make(tmp_path / "c", "--seed=1") != first
+    before = (tmp_path / "a" / "config.json").stat().st_mtime_ns
+    assert make(tmp_path / "a") == first
+    assert (tmp_path / "a" / "config.json").stat().st_mtime_ns == before
+    changed = make(tmp_path / "a", "--shard-nbytes=30000")
+    assert changed.keys() > first.keys() - {"model-00001-of-00001.safetensors"}
+    assert "model-00001-of-00001.safetensors" not in changed
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "complaint"),
+    [
+        ("make_checkpoint.py", ["--heads=5"], "heads must divide"),
+        ("make_checkpoint.py", ["--layers=0"], "at least 1"),
+        ("bench_streaming.py", ["--cap=4XB"], "write a number and a unit"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tmp_path: Path, script: str, arguments: list[str], complaint: str) -> None:
+    done = run(script, *([tmp_path / "x"] if script == "make_checkpoint.py" else []), *arguments)
+    assert done.returncode == 2
+    assert complaint in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_without_memory_cgroups_a_cap_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from benchmark.cap import CapError, Hierarchy, MemoryCap
+
+    with pytest.raises(CapError, match="--no-cap"):
+        Hierarchy.found(tmp_path)
+    (tmp_path / "cgroup.controllers").write_text("cpu memory\n")
+    found = Hierarchy.found(tmp_path)
+    assert found.limit == "memory.max"
+    (tmp_path / f"tierstore-bench-{os.getpid()}").write_text("in the way")
+    with pytest.raises(CapError, match=r"root.*--no-cap"), MemoryCap(1 << 30, found):
+        pass
