@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Backend:
-    """A compute device: its copy engine, and pools of given bytes on it and in (pinned) host memory.
+    """A compute device: its copy engine, and pools of given bytes: ``device_pool`` for weights that stay on it,
+    ``ring_pool`` for those that stream through it, ``host_pool`` for (pinned) memory that they pass through.
 
     ``device_reads`` gives what reads files straight into device memory, or None where that is not faster.
     """
@@ -26,6 +28,7 @@ class Backend:
     device: torch.device
     engine: CopyEngine
     device_pool: Callable[[int], Pool]
+    ring_pool: Callable[[int], Pool]
     host_pool: Callable[[int], Pool]
     device_reads: Callable[[Sequence[Path]], GdsReads | None] = lambda paths: None
 
@@ -43,7 +46,8 @@ def backend_for(device: torch.device | str | None) -> Backend:
         from tierstore.copies.cpu import CpuCopyEngine
         from tierstore.pools.host import HostPool
 
-        return Backend(chosen, CpuCopyEngine(), HostPool, HostPool)
+        ring_pool = partial(HostPool, huge_pages=True)
+        return Backend(chosen, CpuCopyEngine(), HostPool, ring_pool, ring_pool)
     if chosen.type == "cuda":
         return _cuda_backend(chosen)
     raise DeviceError(f"device {chosen} is not supported: use 'cpu' or 'cuda'")
@@ -74,7 +78,8 @@ def _cuda_backend(device: torch.device) -> Backend:
     return Backend(
         device,
         CudaCopyEngine(device),
-        lambda nbytes: CudaPool(nbytes, device),
-        lambda nbytes: HostPool(nbytes, registrar=CudaRegistrar(device)),
+        partial(CudaPool, device=device),
+        partial(CudaPool, device=device),
+        lambda nbytes: HostPool(nbytes, registrar=CudaRegistrar(device), huge_pages=True),
         lambda paths: GdsReads(paths) if all(gds_is_real(path) for path in paths) else None,
     )

@@ -12,20 +12,20 @@ from tierstore.extents import Extent
 from tierstore.pools.host import HostPool
 from tierstore.simulate import Links
 
-SAMPLE_NBYTES = 64 << 20
-"""Bytes read to time a store: long enough for four reads in flight, short beside a model worth measuring for."""
+SAMPLE_NBYTES = 32 << 20
+"""Bytes read to time a store: enough for four reads in flight, little beside a model worth measuring for."""
 
-COMPUTE_NBYTES = 16 << 20
+COMPUTE_NBYTES = 4 << 20
 
 
 def measure_store(store: Store, typical: Links) -> Links:
-    """``typical`` with the store's own read rate, from one read of up to 64 MiB of its largest tensor."""
+    """``typical`` with the store's own read rate, from one read of up to 32 MiB of its largest tensor."""
     name = max(store.specs, key=lambda n: store.specs[n].nbytes, default=None)
     if name is None:
         return typical
     piece = max(store.pieces(name), key=lambda p: p.extent.nbytes)
     nbytes = min(SAMPLE_NBYTES, piece.extent.nbytes)
-    pool = HostPool(nbytes + 4096)
+    pool = HostPool(nbytes + 4096, huge_pages=True)
     try:
         lease = pool.lease(nbytes, align=4096)
         if not nbytes or lease is None:

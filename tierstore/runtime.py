@@ -149,7 +149,8 @@ class Runtime:
         ledgers: dict[str, Ledger] = {}
         for tier, ledger in ((Tier.HBM, self.hbm_ledger), (Tier.RAM, self.ram_ledger)):
             names = [n for n in self.residents if self.plan.tier[n] is tier]
-            pool = self._pool(sum(align_up(self.feed.slot_nbytes(self.units[n]), SLOT_ALIGN) for n in names))
+            nbytes = sum(align_up(self.feed.slot_nbytes(self.units[n]), SLOT_ALIGN) for n in names)
+            pool = self._made(self.backend.device_pool(nbytes))
             pools.update(dict.fromkeys(names, pool))
             ledgers.update(dict.fromkeys(names, ledger))
         streamed = [u for n, u in self.units.items() if n not in self.residents]
@@ -160,7 +161,7 @@ class Runtime:
             feed=self.feed,
             pools=pools,
             ledgers=ledgers,
-            ring=self._pool(self._ring_capacity(streamed)),
+            ring=self._made(self.backend.ring_pool(self._ring_capacity(streamed))),
             ledger=self.ring_ledger,
             mark=self.backend.engine.mark,
             recorder=self._recorder,
@@ -168,8 +169,7 @@ class Runtime:
         self._closing.callback(prefetcher.close)
         return prefetcher
 
-    def _pool(self, nbytes: int) -> Pool:
-        pool = self.backend.device_pool(nbytes)
+    def _made(self, pool: Pool) -> Pool:
         self._closing.callback(pool.close)
         return pool
 

@@ -20,7 +20,7 @@ def backend_of(device: torch.device) -> Backend:
     if device.type == "cuda":
         return backend_for(device)
     adverse = adversary(0)
-    return Backend(device, adverse.engine, adverse.pool, adverse.pool)
+    return Backend(device, adverse.engine, adverse.pool, adverse.pool, adverse.pool)
 
 
 def settle(device: torch.device) -> None:

@@ -48,7 +48,7 @@ def make_backend(request: pytest.FixtureRequest) -> Iterator[Callable[[], Backen
         adverse = adversary(int(request.param[-1]) + 100 * len(made))
         made.append(adverse)
         past_the_host = Reader if request.param.startswith("past") else lambda paths: None
-        return Backend(torch.device("cpu"), adverse.engine, adverse.pool, adverse.pool, cast(Any, past_the_host))
+        return Backend(torch.device("cpu"), adverse.engine, adverse.pool, adverse.pool, adverse.pool, cast(Any, past_the_host))
 
     yield make
     for adverse in made:

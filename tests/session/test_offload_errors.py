@@ -176,7 +176,7 @@ def test_an_exception_in_the_with_block_restores_the_module(module: nn.Module, t
 def test_memory_is_freed_once_weights_rest_elsewhere() -> None:
     """On a device of its own memory, the module's own copy is gone when the session begins."""
     adverse = adversary(5)
-    backend = Backend(torch.device("cpu"), adverse.engine, adverse.pool, adverse.pool)
+    backend = Backend(torch.device("cpu"), adverse.engine, adverse.pool, adverse.pool, adverse.pool)
     module = model()
     noted = Untouched(module)
     held = [p.untyped_storage() for p in module.parameters()]

@@ -34,16 +34,25 @@ class Registrar(Protocol):
 class HostPool(RegionPool):
     """``nbytes`` of anonymous memory, rounded up to pages; a page costs nothing until it is first written.
 
+    With ``huge_pages`` a disk fills it in larger requests, for which its first use may take longer: for memory that
+    is filled again and again, not for what is filled once (docs/performance.md).
     With ``registrar`` a segment is pinned when a buffer in it is first used: pinning takes longer than reading what
     goes there, and would delay the first token if it came first. Where the driver refuses, that segment and those not
     pinned by then stay pageable, and ``notes`` says so. Raises ``CapacityError`` when the system refuses the range.
     """
 
-    def __init__(self, nbytes: int, *, registrar: Registrar | None = None, name: str = "the host pool") -> None:
+    def __init__(
+        self,
+        nbytes: int,
+        *,
+        registrar: Registrar | None = None,
+        huge_pages: bool = False,
+        name: str = "the host pool",
+    ) -> None:
         if nbytes < 0:
             raise BudgetError(f"{name} was asked to hold {nbytes} bytes: give 0 or more")
         self.notes: list[str] = []
-        region = _anonymous(nbytes, name, pinned=registrar is not None)
+        region = _anonymous(nbytes, name, pinned=registrar is not None, huge_pages=huge_pages)
         super().__init__(region, name=name)
         self._registrar = registrar
         self._segment = registrar.segment_nbytes if registrar is not None else 0
@@ -104,13 +113,13 @@ class HostPool(RegionPool):
         return max(number * self._segment, self._address), min((number + 1) * self._segment, end)
 
 
-def _anonymous(nbytes: int, name: str, *, pinned: bool) -> torch.Tensor:
+def _anonymous(nbytes: int, name: str, *, pinned: bool, huge_pages: bool) -> torch.Tensor:
     """Private zeroed memory, uint8 of shape ``(nbytes,)``, unmapped with its last view."""
     with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
-        return _mapped(nbytes, name, pinned=pinned) if nbytes else torch.empty(0, dtype=torch.uint8)
+        return _mapped(nbytes, name, pinned, huge_pages) if nbytes else torch.empty(0, dtype=torch.uint8)
 
 
-def _mapped(nbytes: int, name: str, *, pinned: bool) -> torch.Tensor:
+def _mapped(nbytes: int, name: str, pinned: bool, huge_pages: bool) -> torch.Tensor:
     try:
         memory = mmap.mmap(-1, align_up(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
@@ -120,5 +129,7 @@ def _mapped(nbytes: int, name: str, *, pinned: bool) -> torch.Tensor:
     if pinned and hasattr(mmap, "MADV_DONTFORK"):
         with suppress(OSError):  # a fork would make pinned pages copy on write, away from where the device sees them
             memory.madvise(mmap.MADV_DONTFORK)
-    # no huge pages: where the system must first find or clear them, they delay the first token (docs/performance.md)
+    if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
