@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.zoo import changed, control, tensors, torch_classes
+from tests.zoo import captured, changed, control, tensors, torch_classes, written
 from tests.zoo.registry import ENTRIES
 from tests.zoo.runner import examine, expected, need_of, settings
 
-PARTS = (torch_classes, changed, tensors, control)  # importing them fills the zoo
+PARTS = (torch_classes, changed, captured, tensors, control, written)  # importing them fills the zoo
 RUNS = 2
 
 

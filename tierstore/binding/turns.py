@@ -115,7 +115,7 @@ class Turn:
                 return
             self._pinned = True
             self._depth = 1
-            if self._plain and not torch.is_grad_enabled() and not self._autocasts():
+            if self._plain and self._seats and not torch.is_grad_enabled() and not self._autocasts():
                 self._place(slot)
 
     def leave(self, whole: bool) -> None:
