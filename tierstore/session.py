@@ -61,11 +61,10 @@ class Engaged:
             nvme_bytes_per_second=rates.get("nvme", TYPICAL_LINKS.nvme_bytes_per_second),
             ram_bytes_per_second=rates.get("ram", TYPICAL_LINKS.ram_bytes_per_second),
         )
-        known = {unit.name for unit in units}
-        order = tuple(name for name in plan.order if name in known)
-        return remeasure(
-            replace(plan, order=order), units, links=links, compute_seconds={u.name: u.nbytes * rate for u in units}
-        )
+        moving = replace(plan, tier={unit.name: plan.tier[unit.name] for unit in units})
+        compute = {unit.name: unit.nbytes * rate for unit in units}
+        measured = remeasure(moving, units, links=links, compute_seconds=compute)
+        return replace(measured, tier=plan.tier)
 
     def stop(self) -> None:
         """Stop watching passes. Idempotent."""

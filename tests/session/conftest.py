@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -47,8 +47,9 @@ def make_backend(request: pytest.FixtureRequest) -> Iterator[Callable[[], Backen
             return backend_for("cpu")
         adverse = adversary(int(request.param[-1]) + 100 * len(made))
         made.append(adverse)
-        past_the_host = Reader if request.param.startswith("past") else lambda paths: None
-        return Backend(torch.device("cpu"), adverse.engine, adverse.pool, adverse.pool, adverse.pool, cast(Any, past_the_host))
+        pool = adverse.pool
+        past_the_host: Any = Reader if request.param.startswith("past") else lambda paths: None
+        return Backend(torch.device("cpu"), adverse.engine, pool, pool, pool, past_the_host)
 
     yield make
     for adverse in made:

@@ -76,3 +76,23 @@ def test_the_plan_learns_what_was_measured(tmp_path: Path) -> None:
     assert measured.seconds_each != guessed.seconds_each
     assert measured.seconds_per_pass >= max(measured.seconds_each.values())
     assert "a pass takes about" in measured.explain()
+
+
+def test_a_table_whose_rows_are_read_moves_only_these(tmp_path: Path, make_backend: Callable[[], Backend]) -> None:
+    """The table rests on disk: no pass brings it whole, and the plan says so before and after it was measured."""
+    torch.manual_seed(0)
+    table = nn.Embedding(4096, 256)
+    module = nn.Sequential(table, *(nn.Linear(256, 256) for _ in range(4))).eval()
+    ids = torch.arange(0, 4096, 512).reshape(2, 4)
+    with torch.no_grad():
+        expected = module(ids)
+    backend = make_backend()
+    budget = Budget(int(4.5 * 2**20), ram=0 if backend.engine.unified else "3MiB")
+    with tierstore.offload(module, budget, store=tmp_path, backend=backend) as session, torch.no_grad():
+        for _ in range(4):
+            assert torch.equal(module(ids), expected)
+        plan, report = session.plan, session.report()
+    assert plan.tier["0.weight"] is Tier.NVME
+    assert "0.weight" not in plan.order
+    assert 0 < report.bytes_moved < 4096 * 256 * 4
+    assert report.peak_bytes["hbm"] <= budget.hbm

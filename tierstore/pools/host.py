@@ -14,6 +14,9 @@ from tierstore.extents import Extent, align_up
 from tierstore.pools.region import RegionPool
 
 
+HUGE_PAGE_NBYTES = 2 << 20
+
+
 class Registrar(Protocol):
     """Tells a GPU driver which host memory stays in place, so that copies from it need no bounce buffer."""
 
@@ -120,8 +123,12 @@ def _anonymous(nbytes: int, name: str, *, pinned: bool, huge_pages: bool) -> tor
 
 
 def _mapped(nbytes: int, name: str, pinned: bool, huge_pages: bool) -> torch.Tensor:
+    align = HUGE_PAGE_NBYTES if huge_pages and nbytes >= HUGE_PAGE_NBYTES else mmap.PAGESIZE
     try:
-        memory = mmap.mmap(-1, align_up(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # room to begin at a multiple of `align`; what is never touched takes no memory
+        memory = mmap.mmap(
+            -1, align_up(nbytes, mmap.PAGESIZE) + align - mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
     except (OSError, OverflowError) as error:
         raise CapacityError(
             f"{name} needs {format_nbytes(nbytes)} of RAM, the system refuses: {error}: lower Budget.ram or Budget.hbm"
@@ -132,4 +139,6 @@ def _mapped(nbytes: int, name: str, pinned: bool, huge_pages: bool) -> torch.Ten
     if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
+    region = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -region.data_ptr() % align
+    return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=start)
