@@ -13,7 +13,6 @@ from tierstore.errors import BudgetError, CapacityError
 from tierstore.extents import Extent, align_up
 from tierstore.pools.region import RegionPool
 
-
 HUGE_PAGE_NBYTES = 2 << 20
 
 
