@@ -97,20 +97,24 @@ def plan_units(
     fits = sum(unit.nbytes for unit in units) <= room + (ram if unified else 0)
     at_rest = dict.fromkeys(tables, Tier.NVME) if look_up and not fits else {}
 
+    # where little fits, all of it streams: an operation that needs several units then always finds room
+    step = room if room < TIGHT * max(largest, cut.step_nbytes) else cut.step_nbytes
+
     def planned(left_out: Mapping[str, Tier], step_nbytes: int) -> Plan:
         return build_plan(
             [unit for unit in units if unit.name not in left_out],
             cut.order if left_out else (*tables, *cut.order),
             Budget(max(room, 1), ram),
-            links=TYPICAL_LINKS,
+            links=links,
+            compute_seconds={unit.name: unit.nbytes / compute_bytes_per_second for unit in units},
             unified=unified,
-            largest_step_nbytes=min(room, step_nbytes),
+            largest_step_nbytes=step_nbytes,
         )
 
     table = max((unit.nbytes for unit in units if unit.name in at_rest), default=0)
-    plan = planned(at_rest, max(3 * cut.step_nbytes, table))
+    plan = planned(at_rest, max(step, table))
     if plan.ring_nbytes < table:  # whoever needs a whole table must find room for it
-        return planned({}, 3 * cut.step_nbytes)
+        return planned({}, step)
     return replace(plan, tier={**plan.tier, **at_rest})
 
 
