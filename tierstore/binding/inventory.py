@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in __all__
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from tierstore.binding.views import Ghost
 from tierstore.errors import ModuleError
 from tierstore.tensors import ITEMSIZE
 
@@ -144,6 +145,8 @@ def _held_in_attributes(module: nn.Module) -> Iterator[tuple[Location, Tensor]]:
 
 
 def _why_it_stays(name: str, tensor: Tensor) -> str:
+    if isinstance(tensor, Ghost):
+        raise ModuleError(f"{name} is offloaded by another session already: close that one first")
     if isinstance(tensor, UninitializedTensorMixin):
         raise ModuleError(f"{name} is not initialized yet: run the lazy module once, then offload it")
     if tensor.layout is not torch.strided:
