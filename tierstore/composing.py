@@ -100,22 +100,26 @@ def plan_units(
     # where little fits, all of it streams: an operation that needs several units then always finds room
     step = room if room < TIGHT * max(largest, cut.step_nbytes) else cut.step_nbytes
 
-    def planned(left_out: Mapping[str, Tier], step_nbytes: int) -> Plan:
+    table = max((unit.nbytes for unit in units if unit.name in at_rest), default=0)
+
+    def planned(left_out: Mapping[str, Tier], bound: int) -> Plan:
         return build_plan(
             [unit for unit in units if unit.name not in left_out],
             cut.order if left_out else (*tables, *cut.order),
-            Budget(max(room, 1), ram),
+            Budget(max(bound, 1), ram),
             links=links,
             compute_seconds={unit.name: unit.nbytes / compute_bytes_per_second for unit in units},
             unified=unified,
-            largest_step_nbytes=step_nbytes,
+            largest_step_nbytes=min(bound, max(step, table)),
         )
 
-    table = max((unit.nbytes for unit in units if unit.name in at_rest), default=0)
-    plan = planned(at_rest, max(step, table))
-    if plan.ring_nbytes < table:  # whoever needs a whole table must find room for it
-        return planned({}, step)
-    return replace(plan, tier={**plan.tier, **at_rest})
+    # whoever needs a whole table must find room for it, in the ring that is no larger than what streams in a pass
+    rest = [unit.nbytes for unit in units if unit.name not in at_rest]
+    plan = planned(at_rest, room if sum(rest) >= table else max([room - table, *rest]))
+    free = room - plan.resident_nbytes[Tier.HBM]
+    if free < table:
+        return planned({}, room)
+    return replace(plan, tier={**plan.tier, **at_rest}, ring_nbytes=min(max(plan.ring_nbytes, table), free))
 
 
 def align_of(tensors: Sequence[Tensor]) -> int:
