@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tierstore.backends import Backend, backend_for
 from tierstore.stores.reader import Reader
-from tierstore.testing.adversary import adversary
+from tierstore.testing.adversary import Adversary, adversary
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=128,
         pad_token_id=0,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path, max_shard_size="1MB")
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(path, max_shard_size="1MB")
     return path
 
 
@@ -40,7 +41,7 @@ def make_backend(request: pytest.FixtureRequest) -> Iterator[Callable[[], Backen
 
     The last one reads shards straight into device memory, as GPUDirect Storage does.
     """
-    made = []
+    made: list[Adversary] = []
 
     def make() -> Backend:
         if request.param == "cpu":
