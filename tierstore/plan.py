@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from tierstore.budget import Budget, Tier, format_nbytes
 from tierstore.errors import PlanError
+from tierstore.moves import Move
 from tierstore.simulate import Links, simulate
 from tierstore.tensors import Unit
 
@@ -46,6 +47,17 @@ class Plan:
     seconds_per_pass: float
     seconds_each: Mapping[str, float]
     bound: str
+
+    def moves(self, units: Sequence[Unit]) -> tuple[Move, ...]:
+        """What crosses a link in each pass, in order of first use; ``units`` are those the plan was made for."""
+        sizes = {unit.name: unit.nbytes for unit in units}
+        hops: dict[Tier, tuple[Tier, ...]] = {Tier.HBM: (), Tier.RAM: () if self.unified else (Tier.RAM, Tier.HBM)}
+        hops[Tier.NVME] = (Tier.NVME, Tier.HBM) if self.unified else (Tier.NVME, Tier.RAM, Tier.HBM)
+        return tuple(
+            Move(name, src, dst, sizes[name])
+            for name in dict.fromkeys(self.order)
+            for src, dst in pairwise(hops[self.tier[name]])
+        )
 
     def explain(self) -> str:
         """What is where and what bounds the speed, in a few lines for people."""

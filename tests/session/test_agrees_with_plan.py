@@ -52,6 +52,8 @@ def test_bytes_moved(tmp_path: Path, make_backend: Callable[[], Backend], layers
     link = "nvme" if plan.unified else "ram"
     steady = replay.link_nbytes[-1][link]
     assert steady == plan.streamed_nbytes
+    assert steady == sum(move.nbytes for move in plan.moves(units) if move.dst is Tier.HBM)
+    assert {move.unit for move in plan.moves(units)} == {name for name in plan.order if plan.tier[name] is not Tier.HBM}
     # the last pass has begun to fetch for the next one: at most a ring full
     moved = report.bytes_moved - before
     assert 0 <= moved - PASSES * steady + plan.ring_nbytes <= 2 * plan.ring_nbytes
