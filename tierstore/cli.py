@@ -241,3 +241,7 @@ def _printer(tokenizer: PreTrainedTokenizerBase, progress: _Progress) -> Any:
             super().on_finalized_text(text, stream_end)
 
     return Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,10 +33,12 @@ TIGHT = 3
 
 @dataclass(frozen=True)
 class Cut:
-    """A module cut into units: the groups, their order of use, and the bytes one operation may need at once."""
+    """A module cut into units: the groups and their order of use. One operation needs ``least_nbytes`` at once,
+    and may need ``step_nbytes`` of more than one unit."""
 
     groups: tuple[Group, ...]
     order: tuple[str, ...]
+    least_nbytes: int
     step_nbytes: int
 
 
@@ -59,7 +62,12 @@ def cut_module(root: nn.Module, held: Sequence[Held], nbytes: Mapping[str, int],
         leaf_limit_nbytes=hbm // 2,
         looked_up=looked_up,
     )
-    return Cut(tuple(groups), _order_of(root, groups, owners, looked_up), _step_nbytes(root, groups, owners, nbytes))
+    return Cut(
+        tuple(groups),
+        _order_of(root, groups, owners, looked_up),
+        _least_nbytes(owners, nbytes),
+        _step_nbytes(root, groups, owners, nbytes),
+    )
 
 
 def plan_units(
@@ -82,13 +90,13 @@ def plan_units(
 
     Raises ``PlanError`` with the smallest ``hbm`` that would do.
     """
-    largest = max((block.nbytes for unit in units for block in unit.blocks), default=0)
+    largest = cut.least_nbytes
     if hbm < fixed_nbytes + largest:
-        name = next((block.name for unit in units for block in unit.blocks if block.nbytes == largest), "nothing")
         beside = f" beside {format_nbytes(fixed_nbytes)} of tensors that stay in memory" if fixed_nbytes else ""
         raise PlanError(
-            f"{name} needs {format_nbytes(largest)} of hbm at once{beside}, the budget has {format_nbytes(hbm)}: raise "
-            f"Budget.hbm to at least {format_nbytes(fixed_nbytes + largest)} ({fixed_nbytes + largest} bytes)",
+            f"an operation needs {format_nbytes(largest)} of weights in hbm at once{beside}, the budget has "
+            f"{format_nbytes(hbm)}: raise Budget.hbm to at least {format_nbytes(fixed_nbytes + largest)} "
+            f"({fixed_nbytes + largest} bytes)",
             needed=fixed_nbytes + largest,
         )
     room = hbm - fixed_nbytes
@@ -115,11 +123,18 @@ def plan_units(
 
     # whoever needs a whole table must find room for it, in the ring that is no larger than what streams in a pass
     rest = [unit.nbytes for unit in units if unit.name not in at_rest]
-    plan = planned(at_rest, room if sum(rest) >= table else max([room - table, *rest]))
-    free = room - plan.resident_nbytes[Tier.HBM]
-    if free < table:
-        return planned({}, room)
-    return replace(plan, tier={**plan.tier, **at_rest}, ring_nbytes=min(max(plan.ring_nbytes, table), free))
+    plan: Plan | None = None
+    if at_rest:
+        with suppress(PlanError):
+            plan = planned(at_rest, room if sum(rest) >= table else max([room - table, *rest]))
+    if plan is None or room - plan.resident_nbytes[Tier.HBM] < table:
+        try:
+            return planned({}, room)
+        except PlanError as error:
+            beside = f" (beside {format_nbytes(fixed_nbytes)} of tensors that stay)" if fixed_nbytes else ""
+            raise PlanError(f"{error}{beside}", needed=fixed_nbytes + error.needed) from error
+    ring = min(max(plan.ring_nbytes, table), room - plan.resident_nbytes[Tier.HBM])
+    return replace(plan, tier={**plan.tier, **at_rest}, ring_nbytes=ring)
 
 
 def align_of(tensors: Sequence[Tensor]) -> int:
@@ -143,6 +158,16 @@ def _order_of(
         elif not looked_up.intersection(group.blocks):
             uses.setdefault(next(iter(owners[group.blocks[0]])), []).append(group.name)
     return tuple(name for module in root.modules() for name in uses.get(module, ()))
+
+
+def _least_nbytes(owners: Mapping[str, Mapping[nn.Module, None]], nbytes: Mapping[str, int]) -> int:
+    """What some operation surely needs at once: a tensor, or the weight and bias of one product."""
+    held: dict[nn.Module, int] = {}
+    for block, holders in owners.items():
+        for module in holders:
+            if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+                held[module] = held.get(module, 0) + nbytes[block]
+    return max([*nbytes.values(), *held.values()], default=0)
 
 
 def _step_nbytes(

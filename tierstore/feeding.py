@@ -60,6 +60,8 @@ def make_feeds(
     distinct = list({id(store): store for store in stores.values()}.values())
     for store in distinct:
         closing.callback(store.close)
+    if not distinct:
+        return Feeds({}, None)
     if backend.engine.unified:
         (store,) = distinct  # what computes from host memory and rests there is never moved
         direct = DirectFeed(store, recorder)

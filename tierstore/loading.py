@@ -17,6 +17,7 @@ from tierstore.binding.inventory import Entry, find_entries
 from tierstore.binding.loans import Loans
 from tierstore.budget import Budget, Tier
 from tierstore.composing import TYPICAL_COMPUTE, TYPICAL_LINKS, align_of, cut_module, plan_units
+from tierstore.contracts import Store
 from tierstore.errors import BudgetError, DeviceError
 from tierstore.machine import check_budget, check_room, inspect_machine
 from tierstore.measuring import measure_compute, measure_store
@@ -126,19 +127,20 @@ def _engage(checkpoint: Checkpoint, budget: Budget, backend: Backend) -> Session
         engaged=engaged,
         fixed_nbytes={"hbm": fixed, "ram": 0},
         written_nbytes=lambda: checkpoint.written_nbytes,
-        finish=_finisher(binder, loans, runtime),
+        finish=_finisher(binder, loans, runtime, checkpoint.store),
         notes=checkpoint.notes,
         checkpoint_path=checkpoint.path,
     )
 
 
-def _finisher(binder: Binder, loans: Loans, runtime: Runtime) -> Callable[[], None]:
+def _finisher(binder: Binder, loans: Loans, runtime: Runtime, store: Store) -> Callable[[], None]:
     def finish() -> None:
         try:
             binder.retire()
         finally:
             loans.close()
             runtime.close()
+            store.close()  # the runtime's, unless no weight is left in it to move
 
     return finish
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from tierstore.binding.binder import Binder
 from tierstore.binding.passes import Passes
+from tierstore.binding.uninterrupted import Uninterrupted
 from tierstore.budget import Tier
 from tierstore.composing import TYPICAL_LINKS
 from tierstore.plan import Links, Plan, remeasure
@@ -147,6 +148,10 @@ class Session:
 
         A module from ``load`` keeps its shapes; using its weights raises ``SessionClosedError``.
         """
+        with Uninterrupted():
+            self._close()
+
+    def _close(self) -> None:
         if self._finish is None:
             return
         self._last_peaks = self._peaks()

@@ -228,3 +228,35 @@ def test_two_threads_run_the_module_at_once(
         with ThreadPoolExecutor(2) as threads:
             runs = [threads.submit(work) for _ in range(2)]
             assert all(all(run.result()) for run in runs)
+
+
+def test_the_named_budget_is_enough_for_a_product_with_a_bias(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 512)).eval()
+    expected = module(torch.ones(1, 64)).detach()
+    with pytest.raises(errors.PlanError) as refused:
+        tierstore.offload(module, Budget(512 * 64 * 4), store=tmp_path)
+    assert refused.value.needed == 512 * 64 * 4 + 512 * 4
+    with tierstore.offload(module, Budget(refused.value.needed), store=tmp_path), torch.no_grad():
+        assert torch.equal(module(torch.ones(1, 64)), expected)
+
+
+def test_following_what_is_needed_ends(checkpoint: Path, make_backend: Callable[[], Backend], expected: Any) -> None:
+    """Without RAM to pass through too: each refusal asks for more than the one before, until the load is done."""
+    asked = [1]
+    session: Any = None
+    while session is None:
+        try:
+            session = tierstore.load(checkpoint, Budget(asked[-1]), backend=make_backend())
+        except errors.PlanError as error:
+            asked.append(error.needed)
+        assert asked == sorted(set(asked))
+    with session, torch.no_grad():
+        assert torch.equal(session.module(PROMPT).logits, expected[0])
+
+
+def test_weights_that_are_all_cast_in_memory(checkpoint: Path) -> None:
+    plain: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with tierstore.load(checkpoint, Budget("64MiB"), dtype=torch.float32) as session, torch.no_grad():
+        assert torch.equal(session.module(PROMPT).logits, plain.eval()(PROMPT).logits)
+        assert session.report().notes

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from tierstore.binding.uninterrupted import Uninterrupted
+
 
 class Around(Protocol):
     """What happens around a forward."""
@@ -37,6 +39,20 @@ def unwatch(module: nn.Module, around: Around) -> None:
             forward.restore()
 
 
+def _leave_all(entered: list[Around], whole: bool) -> None:
+    """Leave every one, last entered first, whatever some of them raise; the first error comes out at the end."""
+    failed: BaseException | None = None
+    while entered:
+        try:
+            with Uninterrupted():
+                while entered:
+                    entered.pop().leave(whole)
+        except BaseException as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+
+
 class _Forward:
     """Stands in a module's ``forward``; a copy of the module has its own forward again."""
 
@@ -51,15 +67,15 @@ class _Forward:
         entered: list[Around] = []
         whole = False
         try:
-            for around in self.around:
-                around.enter()
-                entered.append(around)
+            with Uninterrupted():
+                for around in self.around:
+                    around.enter()
+                    entered.append(around)
             result = self._call(*args, **kwargs)
             whole = True
             return result
         finally:
-            while entered:
-                entered.pop().leave(whole)
+            _leave_all(entered, whole)
 
     def restore(self) -> None:
         if self._own is None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tierstore.binding.slot import Slot
+from tierstore.binding.uninterrupted import Uninterrupted
 from tierstore.contracts import Lease
 from tierstore.errors import CapacityError
 from tierstore.prefetch import Prefetcher
@@ -129,13 +130,18 @@ class Loans:
     def loan(self, blocks: Sequence[str], *, written: Sequence[str]) -> Iterator[Mapping[str, Slot]]:
         names = list(dict.fromkeys(self._unit_of[block] for block in blocks))
         threads = [get_ident()]
-        slots = dict(zip(names, self.acquire(names, threads), strict=True))
+        slots: dict[str, Slot] = {}
         try:
+            with Uninterrupted():
+                slots = dict(zip(names, self.acquire(names, threads), strict=True))
             yield {block: slots[self._unit_of[block]] for block in blocks}
-            for block in written:
-                self.keep(block, slots[self._unit_of[block]])
+            with Uninterrupted():
+                for block in written:
+                    self.keep(block, slots[self._unit_of[block]])
         finally:
-            self.release(names, threads)
+            if slots:
+                with Uninterrupted():
+                    self.release(names, threads)
 
     def keep(self, block: str, slot: Slot) -> None:
         """Store a block that was changed in its slot. When that fails the change is undone, and the error comes out."""
@@ -158,17 +164,22 @@ class Loans:
         row_nbytes = meta.size(1) * meta.itemsize
         if rows.numel() * row_nbytes * 8 > self._nbytes[block] or rows[0] < 0 or rows[-1] >= meta.size(0):
             return None
-        nbytes = rows.numel() * row_nbytes
+        with Uninterrupted():
+            table = self._read_rows(block, row_nbytes, rows.tolist())
+        return None if table is None else (table.view(meta.dtype).view(rows.numel(), meta.size(1)), inverse)
+
+    def _read_rows(self, block: str, row_nbytes: int, rows: Sequence[int]) -> Tensor | None:
+        """The rows' bytes, one after the other, in memory of their own; None when the ring has no room for them."""
+        nbytes = len(rows) * row_nbytes
         lease = self.prefetcher.borrow(nbytes)
         if lease is None:
             return None
         try:
             memory = cast(Tensor, lease.buffer)
-            self._rows.read_rows(block, row_nbytes, rows.tolist(), memory)
-            table = memory.view(meta.dtype).view(rows.numel(), meta.size(1)).clone()
+            self._rows.read_rows(block, row_nbytes, rows, memory)
+            return memory.clone()
         finally:
             self.prefetcher.give_back(lease, nbytes)
-        return table, inverse
 
     def close(self) -> None:
         """Let go of every view of the pools."""
