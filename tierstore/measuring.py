@@ -16,6 +16,7 @@ SAMPLE_NBYTES = 32 << 20
 """Bytes read to time a store: enough for four reads in flight, little beside a model worth measuring for."""
 
 COMPUTE_NBYTES = 4 << 20
+COMPUTE_RUNS = 12
 
 
 def measure_store(store: Store, typical: Links) -> Links:
@@ -47,7 +48,7 @@ def measure_compute(dtype: torch.dtype, device: torch.device) -> float:
         weight = torch.ones(rows, columns, device=device).to(dtype)
         row = torch.ones(1, columns, device=device).to(dtype)
         seconds = []
-        for _ in range(3):
+        for _ in range(COMPUTE_RUNS):  # the fastest: others may be using the machine
             start = time.perf_counter()
             F.linear(row, weight).sum().item()
             seconds.append(time.perf_counter() - start)
