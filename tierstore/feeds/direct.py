@@ -13,16 +13,11 @@ from tierstore.slots import SLOT_ALIGN, SlotLayout, lay_out
 from tierstore.tensors import Unit
 
 
-class DirectFeed:
-    """Leases must be aligned to ``SLOT_ALIGN`` (4096) bytes. Records one ``Moved`` per unit, ``nvme->hbm`` or
-    ``ram->hbm`` after the store's tier."""
+class LaidAsInFile:
+    """What feeds share whose slots hold a unit as it lies in its file, each layout worked out once."""
 
-    def __init__(self, store: Store, recorder: Recorder) -> None:
-        self._store = store
-        self._link = f"{store.tier}->hbm"
-        self._trips = TripLog(recorder)
+    def __init__(self) -> None:
         self._layouts: dict[str, tuple[Unit, SlotLayout]] = {}
-        self._closed = False
 
     def slot_nbytes(self, unit: Unit) -> int:
         """Bytes a lease for ``unit`` must have, padding included."""
@@ -31,6 +26,24 @@ class DirectFeed:
     def offsets(self, unit: Unit) -> Mapping[str, int]:
         """Byte offset of each block within a lease for ``unit``."""
         return self._layout(unit).offsets
+
+    def _layout(self, unit: Unit) -> SlotLayout:
+        known = self._layouts.get(unit.name)
+        if known is None or known[0] is not unit:
+            known = self._layouts[unit.name] = (unit, lay_out(unit))
+        return known[1]
+
+
+class DirectFeed(LaidAsInFile):
+    """Leases must be aligned to ``SLOT_ALIGN`` (4096) bytes. Records one ``Moved`` per unit, ``nvme->hbm`` or
+    ``ram->hbm`` after the store's tier."""
+
+    def __init__(self, store: Store, recorder: Recorder) -> None:
+        super().__init__()
+        self._store = store
+        self._link = f"{store.tier}->hbm"
+        self._trips = TripLog(recorder)
+        self._closed = False
 
     def bring(self, unit: Unit, lease: Lease) -> Fence:
         """Start reading ``unit`` into ``lease``, once ``lease.after`` has been waited for."""
@@ -45,12 +58,6 @@ class DirectFeed:
         """Wait for reads under way, so that no lease is written to any more. Idempotent."""
         self._closed = True
         self._trips.drain()
-
-    def _layout(self, unit: Unit) -> SlotLayout:
-        known = self._layouts.get(unit.name)
-        if known is None or known[0] is not unit:
-            known = self._layouts[unit.name] = (unit, lay_out(unit))
-        return known[1]
 
 
 def requests_for(unit: Unit, layout: SlotLayout, lease: Lease) -> list[ReadRequest]:

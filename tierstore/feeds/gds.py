@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from queue import SimpleQueue
 from threading import Thread
 from typing import Protocol
@@ -10,10 +10,9 @@ from typing import Protocol
 from tierstore.contracts import Fence, Lease, ReadRequest
 from tierstore.errors import SessionClosedError
 from tierstore.events import Recorder
-from tierstore.feeds.direct import requests_for
+from tierstore.feeds.direct import LaidAsInFile, requests_for
 from tierstore.feeds.promise import Promise, wait_for_end
 from tierstore.feeds.trips import TripLog
-from tierstore.slots import SlotLayout, lay_out
 from tierstore.tensors import Unit
 
 
@@ -25,7 +24,7 @@ class DeviceReads(Protocol):
         ...
 
 
-class GdsFeed:
+class GdsFeed(LaidAsInFile):
     """Units lie on the device as they do in the file, with every block at its alignment.
 
     ``reads`` numbers files as the units' pieces do. The read of a unit starts once ``lease.after`` is complete; a
@@ -34,21 +33,13 @@ class GdsFeed:
     """
 
     def __init__(self, reads: DeviceReads, recorder: Recorder) -> None:
+        super().__init__()
         self._reads = reads
         self._trips = TripLog(recorder)
-        self._layouts: dict[str, tuple[Unit, SlotLayout]] = {}
         self._closed = False
         self._queue: SimpleQueue[tuple[Unit, Lease, Sequence[ReadRequest], Promise] | None] = SimpleQueue()
         self._thread = Thread(target=self._start_all, name="tierstore-gds-read", daemon=True)
         self._thread.start()
-
-    def slot_nbytes(self, unit: Unit) -> int:
-        """Bytes a lease for ``unit`` must have, padding included."""
-        return self._layout(unit).nbytes
-
-    def offsets(self, unit: Unit) -> Mapping[str, int]:
-        """Byte offset of each block within a lease for ``unit``."""
-        return self._layout(unit).offsets
 
     def bring(self, unit: Unit, lease: Lease) -> Fence:
         """Start reading ``unit`` into ``lease`` when its earlier users are through; never blocks on them."""
@@ -66,12 +57,6 @@ class GdsFeed:
         self._queue.put(None)
         self._thread.join()
         self._trips.drain()
-
-    def _layout(self, unit: Unit) -> SlotLayout:
-        known = self._layouts.get(unit.name)
-        if known is None or known[0] is not unit:
-            known = self._layouts[unit.name] = (unit, lay_out(unit))
-        return known[1]
 
     def _start_all(self) -> None:
         while (item := self._queue.get()) is not None:
