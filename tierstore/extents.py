@@ -25,15 +25,6 @@ class Extent:
         """Whether the two share at least one byte."""
         return self.offset < other.end and other.offset < self.end
 
-    def contains(self, other: Extent) -> bool:
-        """Whether every byte of ``other`` lies in this extent."""
-        return self.offset <= other.offset and other.end <= self.end
-
-    def aligned(self, block: int) -> Extent:
-        """The smallest extent on ``block`` boundaries that contains this one."""
-        start = self.offset - self.offset % block
-        return Extent(start, align_up(self.end, block) - start)
-
 
 def align_up(value: int, block: int) -> int:
     """The smallest multiple of ``block`` that is at least ``value``."""
