@@ -140,9 +140,11 @@ def expected(entry: Entry) -> Plain:
     """Run a plain module."""
     module = seeded(entry.build)
     before = shape_of(module)
+    held = [*module.modules(), *named_tensors(module)]  # else what the module drops may hand its id on
     with _quiet():
         outcomes = [(name, freeze(value)) for name, value in run_all(module, entry)]
     after = shape_of(module)
+    del held
     return Plain(outcomes, tensors_of(module), frozenset(k for k in before if before[k] != after.get(k)))
 
 
