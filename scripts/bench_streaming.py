@@ -10,23 +10,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 from benchmark import disk, verdicts
 from benchmark.cap import CapError
 from benchmark.child import ChildError, Children
 from benchmark.job import Job
+from benchmark.machine import machine
 from benchmark.table import Row, as_text
 from make_checkpoint import Shape, make_checkpoint
 
@@ -131,32 +129,6 @@ class Bench:
             self._setting, means = disk.best_setting(files)
             self.figures["fio"] = {str(setting): rate for setting, rate in means.items()}
         return disk.fio_rate(files, self._setting)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    import torch
-    import transformers
-
-    names = (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
-    return {
-        "cpu": next(names, platform.machine()),
-        "cores": os.cpu_count(),
-        "memory_nbytes": psutil.virtual_memory().total,
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "load_before": round(os.getloadavg()[0], 2),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
-
-
-def _lines(path: str) -> Iterator[str]:
-    try:
-        yield from Path(path).read_text().splitlines()
-    except OSError:
-        return
 
 
 def _say(what: str) -> None:
