@@ -1,0 +1,223 @@
+"""The page table against a model that keeps every sequence as a list, and memory as what was really written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from tierstore.errors import CapacityError
+from tierstore.pages import GONE, PageCopy, PageTable, Run
+
+PAGE = 4
+
+
+class Pages(RuleBasedStateMachine):
+    """Tokens are small numbers, so that prefixes meet. ``memory`` holds what the moves wrote, and nothing else."""
+
+    sequences = Bundle("sequences")
+
+    @initialize(pages=st.integers(0, 12))
+    def start(self, pages: int) -> None:
+        self.table = PageTable(pages, PAGE)
+        self.memory: list[list[int | None]] = [[None] * PAGE for _ in range(pages)]
+        self.model: dict[int, list[int]] = {}
+        self.gone: dict[int, int] = {}
+        self.sealed = False
+
+    def write(self, number: int, tokens: list[int]) -> None:
+        before = self.table.pages(number), self.table.usage()
+        try:
+            made = self.table.append(number, len(tokens))
+        except CapacityError:
+            assert (self.table.pages(number), self.table.usage()) == before
+            assert -(-len(tokens) // PAGE) + 1 > self.table.available
+            return
+        for copy in made.copies:
+            self.memory[copy.target][: copy.tokens] = self.memory[copy.source][: copy.tokens]
+        at = len(self.model[number])
+        assert sum(run.count for run in made.runs) == len(tokens)
+        self.model[number] += tokens
+        for run in made.runs:
+            assert self.users(run.page) == 1, "a shared page is written to"
+            self.memory[run.page][run.at : run.at + run.count] = list(self.model[number][at : at + run.count])
+            assert run.position == at
+            at += run.count
+
+    def users(self, page: int) -> int:
+        return sum(page in self.table.pages(number) for number in self.model)
+
+    @rule(target=sequences)
+    def add(self) -> int:
+        number = self.table.add()
+        self.model[number], self.gone[number] = [], 0
+        return number
+
+    @rule(number=sequences, tokens=st.lists(st.integers(0, 1), max_size=9))
+    def append(self, number: int, tokens: list[int]) -> None:
+        self.write(number, tokens)
+
+    @rule(target=sequences, number=sequences)
+    def fork(self, number: int) -> int:
+        new = self.table.fork(number)
+        self.model[new], self.gone[new] = list(self.model[number]), self.gone[number]
+        return new
+
+    @rule(number=consumes(sequences))
+    def remove(self, number: int) -> None:
+        self.table.remove(number)
+        del self.model[number]
+        with pytest.raises(KeyError):
+            self.table.pages(number)
+
+    @rule(data=st.data(), count=st.integers(0, 3))
+    def reorder(self, data: Any, count: int) -> None:
+        if not self.model:
+            return
+        live = sorted(self.model)
+        chosen = data.draw(st.permutations(live))[:count]
+        sources = [data.draw(st.sampled_from(live)) for _ in chosen]
+        available = self.table.usage().held_pages
+        self.table.reorder(chosen, sources)
+        assert self.table.usage().held_pages <= available
+        models = [list(self.model[source]) for source in sources]
+        gone = [self.gone[source] for source in sources]
+        for number, model, behind in zip(chosen, models, gone, strict=True):
+            self.model[number], self.gone[number] = model, behind
+
+    @rule(number=sequences, data=st.data())
+    def crop(self, number: int, data: Any) -> None:
+        length = data.draw(st.integers(0, len(self.model[number])))
+        if length % PAGE and length <= self.gone[number]:
+            with pytest.raises(ValueError, match="behind the window"):
+                self.table.crop(number, length)
+            return
+        self.table.crop(number, length)
+        del self.model[number][length:]
+
+    @rule(number=sequences, data=st.data())
+    def drop_before(self, number: int, data: Any) -> None:
+        position = data.draw(st.integers(0, len(self.model[number]) + 2))
+        self.table.drop_before(number, position)
+        whole = min(position, len(self.model[number])) // PAGE * PAGE
+        self.gone[number] = max(self.gone[number], whole)
+
+    @rule(number=sequences)
+    def seal(self, number: int) -> None:
+        self.table.seal(number, self.model[number])
+        self.sealed = True
+
+    @rule(target=sequences, tokens=st.lists(st.integers(0, 1), max_size=14))
+    def share(self, tokens: list[int]) -> Any:
+        number = self.table.add()
+        shared = self.table.share_prefix(number, tokens)
+        assert shared % PAGE == 0
+        assert shared < max(len(tokens), 1)
+        assert self.sealed or not shared
+        self.model[number], self.gone[number] = tokens[:shared], 0
+        return multiple(number)
+
+    @rule(data=st.data())
+    def forget(self, data: Any) -> None:
+        if self.memory:
+            self.table.forget(data.draw(st.integers(0, len(self.memory) - 1)))
+
+    @invariant()
+    def every_sequence_reads_what_was_written(self) -> None:
+        for number, tokens in self.model.items():
+            assert self.table.length(number) == len(tokens)
+            behind = min(self.gone[number], len(tokens))
+            read: list[int | None] = []
+            for run in self.table.runs(number):
+                assert run.position == behind + len(read)
+                read += self.memory[run.page][run.at : run.at + run.count]
+            assert read == tokens[behind:]
+
+    @invariant()
+    def every_page_is_in_one_state(self) -> None:
+        usage = self.table.usage()
+        assert usage.held_pages + usage.kept_pages + usage.free_pages == len(self.memory)
+        held = {page for number in self.model for page in self.table.pages(number)} - {GONE}
+        assert usage.held_pages == len(held)
+        assert self.table.available == len(self.memory) - len(held)
+        assert usage.used_tokens + usage.unused_tokens == PAGE * len(held)
+
+    def teardown(self) -> None:
+        if hasattr(self, "table"):
+            for number in list(self.model):
+                self.table.remove(number)
+            assert self.table.available == len(self.memory)
+
+
+TestPages = Pages.TestCase
+TestPages.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_a_fork_is_copied_when_it_writes() -> None:
+    table = PageTable(4, PAGE)
+    first = table.add()
+    table.append(first, 6)
+    second = table.fork(first)
+    made = table.append(second, 1)
+    page = table.pages(first)[1]
+    assert made.copies == (PageCopy(page, table.pages(second)[1], 2),)
+    assert made.runs == (Run(6, table.pages(second)[1], 2, 1),)
+    assert table.append(first, 1).copies == ()
+    assert table.usage().held_pages == 3
+
+
+def test_four_beams_of_a_long_prompt_take_little_more_than_one() -> None:
+    table = PageTable(300, 16)
+    prompt = table.add()
+    table.append(prompt, 4096)
+    beams = [prompt] + [table.fork(prompt) for _ in range(3)]
+    for step in range(60):
+        for beam in beams:
+            table.append(beam, 1)
+        table.reorder(beams, [beams[(step * beam) % 4] for beam in range(4)])
+    assert table.usage().held_pages <= 1.2 * 4096 / 16
+    assert table.usage().unused_tokens <= 4 * 16
+
+
+def test_a_prefix_is_found_after_its_sequence_ended_until_its_room_is_needed() -> None:
+    table = PageTable(4, PAGE)
+    first = table.add()
+    table.append(first, 12)
+    table.seal(first, range(12))
+    table.remove(first)
+    again = table.add()
+    assert table.share_prefix(again, range(11)) == 8  # the third page would leave nothing to compute
+    assert table.available == 2
+    table.append(again, 8)
+    other = table.add()
+    assert table.share_prefix(other, range(12)) == 8
+    with pytest.raises(CapacityError, match="needs 1 more pages of 4 tokens, 0 of 4 are available"):
+        table.append(other, 1)
+    table.remove(again)
+    table.append(other, 8)
+    assert table.usage().kept_pages == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda table, one: table.append(one, -1), "use crop"),
+        (lambda table, one: table.crop(one, 6), "has 5 positions"),
+        (lambda table, one: table.runs(one, 3, 9), r"not \[3, 9\)"),
+        (lambda table, one: table.seal(one, range(6)), "6 tokens were named"),
+        (lambda table, one: table.share_prefix(one, [1]), "before any"),
+        (lambda table, one: table.reorder([one, one], [one, one]), "once"),
+        (lambda table, one: PageTable(-1, 4), "-1 pages"),
+        (lambda table, one: PageTable(1, 0), "of 0 tokens"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(wrong: Any, message: str) -> None:
+    table = PageTable(4, PAGE)
+    one = table.add()
+    table.append(one, 5)
+    with pytest.raises(ValueError, match=message):
+        wrong(table, one)
+    assert table.length(one) == 5

@@ -1,0 +1,289 @@
+"""Which page holds which position of which sequence: a block table with sharing, in integers only.
+
+A page holds ``page_tokens`` neighbouring positions. Sequences share pages by reference count; a shared page is copied
+before a sequence writes to it, and pages whose tokens are known stay findable by content after their sequences end,
+until the room is needed. Paging as in vLLM (Kwon et al. 2023, arXiv 2309.06180).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from tierstore.errors import CapacityError
+
+GONE = -1
+"""In a block table: a page whose positions are behind the window and were given back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """``count`` neighbouring positions of a sequence, from ``position`` on, at token ``at`` of page ``page``."""
+
+    position: int
+    page: int
+    at: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """The first ``tokens`` of page ``source`` are to be copied to page ``target``."""
+
+    source: int
+    target: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """What to do for new positions: carry out ``copies`` first, then write ``runs``."""
+
+    copies: tuple[PageCopy, ...]
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PageUsage:
+    """Pages by state, and positions: ``used_tokens`` of those in held pages, ``unused_tokens`` the rest of them.
+
+    A shared page counts once. ``kept_pages`` belong to no sequence and are only findable by content."""
+
+    held_pages: int
+    kept_pages: int
+    free_pages: int
+    used_tokens: int
+    unused_tokens: int
+
+
+@dataclass
+class _Sequence:
+    length: int = 0
+    pages: list[int] = field(default_factory=list)
+
+
+class PageTable:
+    """The pages of sequences, each a number that ``add`` gives. Every change is whole or, with an error, none.
+
+    Raises ``KeyError`` for a sequence that does not exist, ``ValueError`` for positions that do not, and
+    ``CapacityError`` where more pages are needed than are free or kept.
+    """
+
+    def __init__(self, pages: int, page_tokens: int) -> None:
+        if pages < 0 or page_tokens < 1:
+            raise ValueError(f"{pages} pages of {page_tokens} tokens: at least 0 pages of at least 1 token are needed")
+        self.page_tokens = page_tokens
+        self.capacity = pages
+        self._free = list(range(pages - 1, -1, -1))
+        self._users = [0] * pages
+        self._sequences: dict[int, _Sequence] = {}
+        self._next = 0
+        self._page_of: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}
+        self._kept: OrderedDict[int, None] = OrderedDict()
+
+    # ---- sequences
+
+    def add(self) -> int:
+        """A new sequence without positions."""
+        number = self._next
+        self._next += 1
+        self._sequences[number] = _Sequence()
+        return number
+
+    def fork(self, sequence: int) -> int:
+        """A new sequence with the same positions, which it shares: no page is copied before one of them writes."""
+        found = self._sequences[sequence]
+        number = self.add()
+        self._sequences[number] = _Sequence(found.length, list(found.pages))
+        self._take(found.pages)
+        return number
+
+    def reorder(self, sequences: Sequence[int], sources: Sequence[int]) -> None:
+        """Let each of ``sequences`` become what ``sources[i]`` was, as beam search chooses: no bytes move."""
+        before = [self._sequences[source] for source in sources]
+        after = [_Sequence(found.length, list(found.pages)) for found in before]
+        olds = [self._sequences[number] for number in sequences]
+        if len(olds) != len(after) or len(set(sequences)) != len(sequences):
+            raise ValueError(f"{len(sequences)} sequences and {len(sources)} sources: one source each is needed, once")
+        for found in after:
+            self._take(found.pages)
+        for number, old, found in zip(sequences, olds, after, strict=True):
+            self._give_back(old.pages)
+            self._sequences[number] = found
+
+    def remove(self, sequence: int) -> None:
+        """End a sequence; its pages are free, or kept where their content is known."""
+        self._give_back(self._sequences.pop(sequence).pages)
+
+    def length(self, sequence: int) -> int:
+        """Positions of a sequence, those behind the window included."""
+        return self._sequences[sequence].length
+
+    def pages(self, sequence: int) -> tuple[int, ...]:
+        """The block table: the page of positions ``[i * page_tokens, (i + 1) * page_tokens)``, or ``GONE``."""
+        return tuple(self._sequences[sequence].pages)
+
+    # ---- positions
+
+    def append(self, sequence: int, count: int) -> Appended:
+        """Room for ``count`` more positions."""
+        found = self._sequences[sequence]
+        if count < 0:
+            raise ValueError(f"{count} positions cannot be appended: use crop to take some away")
+        used = found.length % self.page_tokens
+        last = found.pages[-1] if used else GONE
+        copied = bool(count) and last != GONE and self._users[last] > 1
+        needed = -(-(found.length + count) // self.page_tokens) - len(found.pages)
+        fresh = self._fresh(needed + copied, sequence)
+        copies: tuple[PageCopy, ...] = ()
+        if copied:
+            copies = (PageCopy(last, fresh[0], used),)
+            self._give_back([last])
+            found.pages[-1] = fresh.pop(0)
+        elif count and last != GONE:
+            self._forget(last)  # a page that was cut back by crop is no longer what it was found by
+        found.pages += fresh
+        runs = tuple(self._runs(found, found.length, found.length + count))
+        found.length += count
+        return Appended(copies, runs)
+
+    def crop(self, sequence: int, length: int) -> None:
+        """Keep the first ``length`` positions only, as speculation does when it rolls back."""
+        found = self._sequences[sequence]
+        if not 0 <= length <= found.length:
+            raise ValueError(f"sequence {sequence} has {found.length} positions and cannot be cut to {length}")
+        keep = -(-length // self.page_tokens)
+        if length % self.page_tokens and found.pages[keep - 1] == GONE:
+            raise ValueError(f"position {length - 1} of sequence {sequence} is behind the window: its page is gone")
+        self._give_back(found.pages[keep:])
+        del found.pages[keep:]
+        found.length = length
+
+    def drop_before(self, sequence: int, position: int) -> None:
+        """Give back the pages that hold only positions before ``position``: a sliding window has passed them."""
+        found = self._sequences[sequence]
+        stop = min(position, found.length) // self.page_tokens
+        for index in range(stop):
+            if found.pages[index] != GONE:
+                self._give_back([found.pages[index]])
+                found.pages[index] = GONE
+
+    def runs(self, sequence: int, start: int = 0, stop: int | None = None) -> tuple[Run, ...]:
+        """Where positions ``[start, stop)`` are; those behind the window are left out."""
+        found = self._sequences[sequence]
+        stop = found.length if stop is None else stop
+        if not 0 <= start <= stop <= found.length:
+            raise ValueError(f"sequence {sequence} has {found.length} positions, not [{start}, {stop})")
+        return tuple(run for run in self._runs(found, start, stop) if run.page != GONE)
+
+    # ---- pages found by content
+
+    def seal(self, sequence: int, tokens: Sequence[int]) -> None:
+        """Say which ``tokens`` stand at the sequence's first positions, so that its full pages are found by them."""
+        found = self._sequences[sequence]
+        if len(tokens) > found.length:
+            raise ValueError(f"sequence {sequence} has {found.length} positions, {len(tokens)} tokens were named")
+        for page, digest in zip(found.pages, self._digests(tokens), strict=False):
+            if page != GONE and page not in self._digest_of and digest not in self._page_of:
+                self._page_of[digest] = page
+                self._digest_of[page] = digest
+
+    def share_prefix(self, sequence: int, tokens: Sequence[int]) -> int:
+        """Let an empty sequence share the pages that hold the beginning of ``tokens``; how many positions it has then.
+
+        At least one token is left out, so that a model has something to compute the next one from."""
+        found = self._sequences[sequence]
+        if found.length:
+            raise ValueError(f"sequence {sequence} has {found.length} positions already: share a prefix before any")
+        for digest in self._digests(tokens[:-1]):
+            page = self._page_of.get(digest)
+            if page is None:
+                break
+            self._take([page])
+            found.pages.append(page)
+            found.length += self.page_tokens
+        return found.length
+
+    def forget(self, page: int) -> None:
+        """Never find ``page`` by content again: its bytes are lost. Sequences that hold it keep it."""
+        self._forget(page)
+        if page in self._kept:
+            del self._kept[page]
+            self._free.append(page)
+
+    # ---- room
+
+    @property
+    def available(self) -> int:
+        """Pages that can be had: free ones, and kept ones that nobody holds."""
+        return len(self._free) + len(self._kept)
+
+    def usage(self) -> PageUsage:
+        """How the pages are used now."""
+        used: dict[int, int] = {}
+        for found in self._sequences.values():
+            for index, page in enumerate(found.pages):
+                if page != GONE:
+                    tokens = min(found.length - index * self.page_tokens, self.page_tokens)
+                    used[page] = max(used.get(page, 0), tokens)
+        tokens = sum(used.values())
+        return PageUsage(len(used), len(self._kept), len(self._free), tokens, len(used) * self.page_tokens - tokens)
+
+    def _fresh(self, count: int, sequence: int) -> list[int]:
+        """Pages to write to: free ones, then those kept for the longest time."""
+        if count > self.available:
+            raise CapacityError(
+                f"sequence {sequence} needs {count} more pages of {self.page_tokens} tokens, {self.available} of "
+                f"{self.capacity} are available: end other sequences, shorten the prompt, or raise the budget for KV"
+            )
+        pages = []
+        for _ in range(count):
+            if not self._free:
+                oldest, _ = self._kept.popitem(last=False)
+                self._forget(oldest)
+                self._free.append(oldest)
+            pages.append(self._free.pop())
+        self._take(pages)
+        return pages
+
+    def _take(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            if page != GONE:
+                self._users[page] += 1
+                self._kept.pop(page, None)
+
+    def _give_back(self, pages: Sequence[int]) -> None:
+        """The last pages first: a prefix is worth more the shorter it is."""
+        for page in reversed(pages):
+            if page == GONE:
+                continue
+            self._users[page] -= 1
+            if not self._users[page]:
+                if page in self._digest_of:
+                    self._kept[page] = None
+                else:
+                    self._free.append(page)
+
+    def _forget(self, page: int) -> None:
+        digest = self._digest_of.pop(page, None)
+        if digest is not None:
+            del self._page_of[digest]
+
+    def _runs(self, found: _Sequence, start: int, stop: int) -> Iterable[Run]:
+        while start < stop:
+            at = start % self.page_tokens
+            count = min(self.page_tokens - at, stop - start)
+            yield Run(start, found.pages[start // self.page_tokens], at, count)
+            start += count
+
+    def _digests(self, tokens: Sequence[int]) -> Iterable[bytes]:
+        """Of each full page: of its tokens and all before it, since a key depends on its whole past."""
+        digest = b""
+        for start in range(0, len(tokens) - self.page_tokens + 1, self.page_tokens):
+            page = array("q", tokens[start : start + self.page_tokens])
+            digest = hashlib.sha256(digest + page.tobytes()).digest()
+            yield digest
