@@ -18,10 +18,9 @@ from tierstore.contracts import Store
 from tierstore.errors import CheckpointError
 from tierstore.extents import Extent
 from tierstore.hf.converted import converted_store
-from tierstore.hf.gguf import import_gguf
 from tierstore.hf.joined import JoinedStore
-from tierstore.hf.model import read_config, trace
 from tierstore.hf.placement import Computed, Placed, Run, contiguous_runs, materialise
+from tierstore.hf.source import open_source
 from tierstore.stores.safetensors import SafetensorsStore
 from tierstore.tensors import Piece
 
@@ -68,52 +67,39 @@ def open_checkpoint(
     Raises ``CheckpointError`` for a checkpoint that does not fit its model, and ``StoreError`` for one that
     cannot be read. The caller closes ``store``.
     """
-    path = Path(path)
-    notes: list[str] = []
-    written = 0
-    if path.suffix.lower() == ".gguf":
-        path, written, note = import_gguf(path, dtype=dtype, model_class=model_class, store_dir=store_dir, nvme=nvme)
-        dtype, notes = None, [note]
-    config = read_config(path, model_class, trust_remote_code)
-    store = SafetensorsStore(_weights_of(path, config))
+    source = open_source(
+        path, dtype=dtype, model_class=model_class, trust_remote_code=trust_remote_code, store_dir=store_dir, nvme=nvme
+    )
+    store, path, notes = source.store, source.path, list(source.notes)
     try:
-        traced = trace(path, config, store, dtype=dtype, model_class=model_class, trust_remote_code=trust_remote_code)
-        runs = {name: contiguous_runs(placed) for name, placed in traced.placed.items()}
+        runs = {name: contiguous_runs(placed) for name, placed in source.placed.items()}
         arithmetic = {name: _computed_in(made) for name, made in runs.items() if _computed_in(made)}
         why = _reasons(arithmetic)
-        notes += traced.notes
-        if sum(traced.placed[name].nbytes for name in arithmetic) <= READY_NBYTES:
-            ready = {name: materialise(traced.placed[name]) for name in arithmetic}
+        if sum(source.placed[name].nbytes for name in arithmetic) <= READY_NBYTES:
+            ready = {name: materialise(source.placed[name]) for name in arithmetic}
             pieces = _pieces({name: made for name, made in runs.items() if name not in arithmetic}, {}, 0)
             notes += [f"converted in memory: {line}" for line in why]
-            return Checkpoint(traced.module, pieces, store, {**traced.ready, **ready}, tuple(notes), path, written)
+            return Checkpoint(
+                source.module, pieces, store, {**source.ready, **ready}, tuple(notes), path, source.written_nbytes
+            )
         if store_dir is None:
             raise CheckpointError(_refusal(path, arithmetic, why))
         tensors = {
-            f"{name}#{number}" if number else name: source
+            f"{name}#{number}" if number else name: computed
             for name, sources in arithmetic.items()
-            for number, source in enumerate(sources)
+            for number, computed in enumerate(sources)
         }
         file, fingerprint = _place_for(path, store_dir, store, tensors)
         made, more = converted_store(file, tensors, fingerprint, nvme=nvme)
-        where = {source: made.pieces(name)[0] for name, source in tensors.items()}
+        where = {computed: made.pieces(name)[0] for name, computed in tensors.items()}
         notes += [f"converted to {str(file)!r}: {line}" for line in why]
         joined = JoinedStore(store, made)
         pieces = _pieces(runs, where, len(store.paths))
-        return Checkpoint(traced.module, pieces, joined, traced.ready, tuple(notes), path, written + more)
+        written = source.written_nbytes + more
+        return Checkpoint(source.module, pieces, joined, source.ready, tuple(notes), path, written)
     except BaseException:
         store.close()
         raise
-
-
-def _weights_of(path: Path, config: object) -> Path:
-    named = getattr(config, "transformers_weights", None)
-    if named and Path(named).name != named:
-        raise CheckpointError(
-            f"config.json of {str(path)!r} sends its weights to {named!r}, a file name beside it is needed: do not "
-            "trust this checkpoint"
-        )
-    return path / named if named else path
 
 
 def _computed_in(runs: Sequence[Run]) -> list[Computed]:
