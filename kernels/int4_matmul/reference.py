@@ -24,7 +24,7 @@ def unpack(codes: Tensor, scales: Tensor, n: int, k: int, group: int) -> Tensor:
     """The matrix, float32 [n, k]: ``(q - 8) * scale + zero`` for each nibble ``q``.
 
     ``codes`` is uint8 [np / 64, kp * 32] as ``nibbles_of`` reads it, ``scales`` bfloat16 [kp / group, np, 2] holds
-    (scale, zero) for each ``group`` neighbouring columns of a row; np and kp are n and k rounded up to 64 and ``group``.
+    (scale, zero) for each ``group`` neighbouring columns of a row. np is n rounded up to 64, kp is k to the group.
     """
     scale, zero = scales.float().permute(2, 1, 0).repeat_interleave(group, dim=2).unbind(0)
     return ((nibbles_of(codes).float() - 8) * scale + zero)[:n, :k].contiguous()

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tierstore.extents import align_up
+from tierstore.formats.blocks import Blocks
 from tierstore.formats.format import Parts
 from tierstore.formats.search import affine4
-from tierstore.formats.tile64 import HALF, ROWS, finite, padded, to_tile64
+from tierstore.formats.tile64 import HALF, ROWS, tile_of_columns
 from tierstore.kernels.int4_matmul import reference
 from tierstore.tensors import TensorSpec
 
 
 @dataclass(frozen=True)
 class Int4:
-    """``(q - 8) * scale + zero``, as torch's ``_weight_int4pack_mm_for_cpu`` reads it. ``group`` is a multiple of 32."""
+    """``(q - 8) * scale + zero``, as torch's ``_weight_int4pack_mm_for_cpu`` reads it, in groups of 32, 64 or 128."""
 
     group: int = 64
 
@@ -25,25 +27,32 @@ class Int4:
         return "int4" if self.group == 64 else f"int4-g{self.group}"
 
     def parts(self, n: int, k: int) -> tuple[TensorSpec, ...]:
-        rows, columns = padded(n, ROWS), padded(k, self.group)
+        rows, columns = align_up(n, ROWS), align_up(k, self.group)
         return (
             TensorSpec("codes", "uint8", (rows // ROWS, columns * HALF)),
             TensorSpec("scales", "bfloat16", (columns // self.group, rows, 2)),
         )
 
     def pack(self, matrix: Tensor) -> dict[str, Tensor]:
-        n, k = matrix.shape
-        whole = matrix.new_zeros((padded(n, ROWS), padded(k, self.group)), dtype=torch.float32)
-        whole[:n, :k] = finite(matrix)
-        codes, scale, zero = affine4(whole.view(whole.shape[0], whole.shape[1] // self.group, self.group))
-        return {
-            "codes": to_tile64(codes.view(whole.shape)),
-            "scales": torch.stack((scale.T, zero.T), dim=2).bfloat16(),
+        parts = {
+            part.name: matrix.new_zeros(part.shape, dtype=getattr(torch, part.dtype))
+            for part in self.parts(*matrix.shape)
         }
+        blocks = Blocks(matrix, self.group)
+        for block in blocks:
+            values = blocks.columns(block)
+            low, high = values.amin(1), values.amax(1)
+            blocks.check(low, high)
+            codes, scale, zero = affine4(values, low, high, blocks.scratch(block))
+            there = slice(block.start * HALF, block.stop * HALF)
+            parts["codes"][block.number, there] = tile_of_columns(codes.view(-1, ROWS).to(torch.int16))
+            parts["scales"][block.groups, block.rows, 0] = scale
+            parts["scales"][block.groups, block.rows, 1] = zero
+        return parts
 
     def unpack(self, parts: Parts, n: int, k: int, *, start: int = 0, stop: int | None = None) -> Tensor:
         stop = n if stop is None else stop
-        first, last = start // ROWS, padded(stop, ROWS) // ROWS
+        first, last = start // ROWS, align_up(stop, ROWS) // ROWS
         some = reference.unpack(
             parts["codes"][first:last],
             parts["scales"][:, first * ROWS : last * ROWS],

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tierstore.extents import align_up
+from tierstore.formats.blocks import Blocks
 from tierstore.formats.format import Parts
-from tierstore.formats.search import affine8
-from tierstore.formats.tile64 import HALF, ROWS, finite, padded, to_tile64
+from tierstore.formats.search import TOP_CODE, affine8, needed_step
+from tierstore.formats.tile64 import HALF, ROWS, tile_of_columns
 from tierstore.kernels.int8_matmul import reference
 from tierstore.kernels.int8_matmul.reference import GROUP
 from tierstore.tensors import TensorSpec
@@ -28,7 +30,7 @@ class Int8:
         return GROUP
 
     def parts(self, n: int, k: int) -> tuple[TensorSpec, ...]:
-        rows, columns = padded(n, ROWS), padded(k, GROUP)
+        rows, columns = align_up(n, ROWS), align_up(k, GROUP)
         plane = (rows // ROWS, columns * HALF)
         return (
             TensorSpec("high", "uint8", plane),
@@ -38,23 +40,31 @@ class Int8:
         )
 
     def pack(self, matrix: Tensor) -> dict[str, Tensor]:
-        n, k = matrix.shape
-        rows, columns = padded(n, ROWS), padded(k, GROUP)
-        whole = matrix.new_zeros((rows, columns), dtype=torch.float32)
-        whole[:n, :k] = finite(matrix)
-        codes, scale_codes, zero_codes, steps = affine8(whole.view(rows, columns // GROUP, GROUP))
-        pairs = torch.stack((scale_codes, zero_codes), dim=2).view(rows // ROWS, ROWS, columns // GROUP, 2)
-        flat = codes.view(rows, columns)
-        return {
-            "high": to_tile64(flat >> 4),
-            "low": to_tile64(flat & 15),
-            "scales": pairs.transpose(1, 2).reshape(rows // ROWS, columns // GROUP * 2 * ROWS),
-            "steps": steps,
+        parts = {
+            part.name: matrix.new_zeros(part.shape, dtype=getattr(torch, part.dtype))
+            for part in self.parts(*matrix.shape)
         }
+        blocks = Blocks(matrix, GROUP)
+        scales = parts["scales"].unflatten(1, (-1, ROWS, 2)) if matrix.numel() else parts["scales"]
+        for number in blocks.numbers():
+            low, high = blocks.ranges(number)
+            steps = needed_step(low, high).amax(0) / TOP_CODE
+            parts["steps"][number * ROWS : (number + 1) * ROWS, 0] = steps
+            for block in blocks.across(number):
+                codes, scale_codes, zero_codes = affine8(
+                    blocks.columns(block), low[block.groups], high[block.groups], steps, blocks.scratch(block)
+                )
+                whole = codes.view(-1, ROWS).to(torch.int16)
+                there = slice(block.start * HALF, block.stop * HALF)
+                parts["high"][number, there] = tile_of_columns(whole >> 4)
+                parts["low"][number, there] = tile_of_columns(whole & 15)
+                scales[number, block.groups, :, 0] = scale_codes
+                scales[number, block.groups, :, 1] = zero_codes
+        return parts
 
     def unpack(self, parts: Parts, n: int, k: int, *, start: int = 0, stop: int | None = None) -> Tensor:
         stop = n if stop is None else stop
-        first, last = start // ROWS, padded(stop, ROWS) // ROWS
+        first, last = start // ROWS, align_up(stop, ROWS) // ROWS
         some = reference.unpack(
             parts["high"][first:last],
             parts["low"][first:last],

@@ -8,15 +8,19 @@ import torch
 from torch import Tensor
 
 from tierstore.formats.format import Parts
-from tierstore.formats.search import symmetric8
-from tierstore.formats.tile64 import finite
+from tierstore.formats.rows import row_tiles
+from tierstore.formats.search import TINY, as_bfloat16, inverse
+from tierstore.formats.small_floats import squares_
 from tierstore.kernels.int8_row_matmul import reference
 from tierstore.tensors import TensorSpec
+
+SHARES = (1.0, 0.99, 0.97, 0.94, 0.9, 0.85)
+"""How much of a row's range the codes are laid over. In long rows a few values at the end are worth less than steps."""
 
 
 @dataclass(frozen=True)
 class Int8Row:
-    """``code * scale``, as torch's ``_weight_int8pack_mm`` reads it."""
+    """``code * scale``, as torch's ``_weight_int8pack_mm`` reads it. Scales may be negative."""
 
     @property
     def name(self) -> str:
@@ -30,9 +34,36 @@ class Int8Row:
         return TensorSpec("codes", "int8", (n, k)), TensorSpec("scales", "bfloat16", (n, 1))
 
     def pack(self, matrix: Tensor) -> dict[str, Tensor]:
-        codes, scales = symmetric8(finite(matrix).to(torch.float32))
+        n, k = matrix.shape
+        codes = matrix.new_empty((n, k), dtype=torch.int8)
+        scales = matrix.new_zeros((n, 1), dtype=torch.bfloat16)
+        for rows, tile in row_tiles(matrix) if k else ():
+            scale = best_row_scales(tile)
+            codes[rows] = codes_of(tile, scale)
+            scales[rows] = scale
         return {"codes": codes, "scales": scales}
 
     def unpack(self, parts: Parts, n: int, k: int, *, start: int = 0, stop: int | None = None) -> Tensor:
         rows = slice(start, n if stop is None else stop)
-        return reference.unpack(parts["codes"][rows], parts["scales"][rows], n, k)
+        return reference.unpack(parts["codes"][rows], parts["scales"][rows], rows.stop - rows.start, k)
+
+
+def codes_of(tile: Tensor, scale: Tensor) -> Tensor:
+    """The nearest codes, -128 to 127, as float32 like ``tile`` [rows, k]."""
+    return (tile * inverse(scale)).round_().clamp_(-128, 127)
+
+
+def best_row_scales(tile: Tensor) -> Tensor:
+    """For each row of ``tile`` [rows, k] the scale, float32 [rows, 1] that bfloat16 holds, of the least squared error
+    among those that ``SHARES`` lead to."""
+    low, high = tile.amin(1, keepdim=True), tile.amax(1, keepdim=True)
+    # The farther end becomes -128, which has no positive twin: by a negative scale where it is the upper end.
+    end = torch.where(high > -low, high, low)
+    unit = inverse(torch.where(end.abs() < TINY, 0.0, end))
+    best, least = torch.zeros_like(end), torch.full_like(end, torch.inf)
+    for share in SHARES:
+        scale = as_bfloat16(end * (-share / 128))
+        wrong = codes_of(tile, scale).mul_(scale * unit).addcmul_(tile, unit, value=-1)
+        errors = squares_(wrong, 1)
+        best, least = torch.where(errors < least, scale, best), torch.minimum(errors, least)
+    return best

@@ -1,35 +1,161 @@
-"""Scales and codes that make a small squared error."""
+"""Scales and zeros of groups that make the squared error of rounded weights small.
+
+A group's values come as float32 [groups, members, 64]: its members along the middle axis and 64 neighbouring rows along
+the last, so that each step is one plain pass over memory (about 0.1 ns a weight in cache) whatever the group. Ranges,
+scales and zeros are [groups, 64]. A group's choice depends on its own values only, not on what stands beside them.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from tierstore.kernels.int8_matmul.reference import MIDDLE, PLANES
 
-def affine4(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    lo, hi = values.amin(2).clamp_max(0), values.amax(2).clamp_min(0)
-    scale = ((hi - lo) / 15).bfloat16().float()
-    zero = (lo + 8 * scale).bfloat16().float()
-    safe = torch.where(scale == 0, 1, scale)
-    codes = ((values - zero[..., None]) / safe[..., None]).round() + 8
-    return codes.clamp(0, 15).to(torch.uint8), scale, zero
+Scratch = tuple[Tensor, Tensor]
+"""Two tensors like the values, to be overwritten: memory that is reused need not be touched for the first time."""
+
+TINY = 2.0**-100
+"""A range below it counts as none: its scale would have no inverse in float32."""
+
+CLIPS = ((1, 1), (0.92, 0.92), (0.84, 0.84), (1, 0.92), (0.92, 1), (0.84, 0.92), (0.92, 0.84))
+"""How much of either half of a group's range 4-bit codes are laid over: of 64 normal values the ends are worth less
+than finer steps between them. Wider sets gained 0.1 % on normal, Laplace and t-distributed values."""
+REFITS = 1
+"""How often the best of those is fitted to its codes once more; a second time gained 0.2 %."""
+
+COARSER = range(-1, 11)
+"""How many codes above the one that covers its range a group of 8-bit codes tries for its scale."""
+TOP_CODE = 245
+"""The scale code that covers the widest range of a row. Those up to 255 are left to be tried."""
+LEAST, MOST = -MIDDLE, 255 - MIDDLE
+"""The least and the most 8-bit code, counted from the middle."""
 
 
-def affine8(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lo, hi = values.amin(2).clamp_max(0), values.amax(2).clamp_min(0)
-    exact = (hi - lo) / 254
-    steps = exact.amax(1, keepdim=True) / 255 if exact.numel() else exact.new_zeros((exact.shape[0], 1))
-    scale_codes = (exact / torch.where(steps == 0, 1, steps)).ceil().clamp(1, 255)
-    scale = (steps * scale_codes).bfloat16().float()
-    safe = torch.where(scale == 0, 1, scale)
-    zero_codes = (((hi + lo) / 2 / safe).round() + 128 + 8).clamp(0, 255)
-    zero = (scale * (zero_codes - 128) / 17).bfloat16().float()
-    codes = ((values - 17 * zero[..., None]) / safe[..., None]).round() + 136
-    return codes.clamp(0, 255).to(torch.uint8), scale_codes.to(torch.uint8), zero_codes.to(torch.uint8), steps
+def as_bfloat16(values: Tensor) -> Tensor:
+    """The nearest that bfloat16 holds, as float32."""
+    return values.to(torch.bfloat16).to(torch.float32)
 
 
-def symmetric8(values: Tensor) -> tuple[Tensor, Tensor]:
-    top = values.abs().amax(1, keepdim=True) if values.numel() else values.new_zeros((values.shape[0], 1))
-    scales = (top / 127).bfloat16()
-    codes = (values / torch.where(scales == 0, 1, scales).float()).round().clamp(-128, 127).to(torch.int8)
-    return codes, scales
+def inverse(values: Tensor) -> Tensor:
+    """``1 / values``, and 0 where they are 0."""
+    return torch.where(values == 0, 0.0, values.reciprocal())
+
+
+def best_of(errors: Tensor, *choices: Tensor) -> tuple[Tensor, ...]:
+    """Of ``choices``, each [candidates, ...] like ``errors``, those of the least error; the first of equals."""
+    least, place = errors[0], torch.zeros_like(errors[0], dtype=torch.int64)
+    for number in range(1, len(errors)):  # torch's argmin along the first axis takes a hundred times longer
+        place.masked_fill_(errors[number] < least, number)
+        least = torch.minimum(least, errors[number])
+    return tuple(choice.gather(0, place[None])[0] for choice in choices)
+
+
+def affine4(values: Tensor, low: Tensor, high: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes 0 to 15, float32 in ``scratch[0]``, and their scales and zeros: ``(code - 8) * scale + zero``.
+
+    ``low`` and ``high`` are the range of each group; ``values`` are lost. Scales and zeros are float32 that bfloat16
+    holds: they are rounded before their error is computed.
+
+    As in Lloyd's method, codes follow from a scale and a zero, and a better scale and zero from the codes, by least
+    squares. From ``CLIPS`` it starts in several places, as either step only ever finds the nearest minimum.
+    """
+    centre = as_bfloat16(low * 0.5 + high * 0.5)
+    half = torch.maximum(high - centre, centre - low)
+    half = torch.where(half < TINY, 0.0, half)
+    # Now values lie in [-1, 1], so that no sum of squares overflows or cancels, whatever the weights are.
+    values.sub_(centre[:, None]).mul_(inverse(half)[:, None])
+    fit = Fit4(values, centre, half, scratch)
+    best = fit.best(*fit.covering(CLIPS))
+    for _ in range(REFITS):
+        best = fit.best(*(part[None] for part in best))
+    return fit.codes(*fit.in_units(*best)).add_(8), *best
+
+
+class Fit4:
+    """Scales and zeros for ``values`` that are ``(weight - centre) / half``, which is called units here."""
+
+    def __init__(self, values: Tensor, centre: Tensor, half: Tensor, scratch: Scratch) -> None:
+        self._values, self._centre, self._half = values, centre, half
+        self._unit = inverse(half)
+        self._codes, self._products = scratch
+        self._members = values.shape[1]
+        self._sum = values.sum(1)
+        self._squares = torch.mul(values, values, out=self._products).sum(1)
+
+    def in_units(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """The step and the zero of the values that ``scale`` and ``zero`` of the weights are."""
+        return scale * self._unit, (zero - self._centre) * self._unit
+
+    def covering(self, clips: tuple[tuple[float, float], ...]) -> tuple[Tensor, Tensor]:
+        """Scales and zeros with codes from ``-below`` to ``above`` for each pair of ``clips``, [clips, groups, 64]."""
+        below, above = self._half.new_tensor(clips)[:, :, None, None].unbind(1)
+        zeros = as_bfloat16((8 * above - 7 * below) / 15 * self._half + self._centre)
+        # Where the zero could not be held, as far from zero as 256 times the range, the scale makes up for it.
+        zero = (zeros - self._centre) * self._unit
+        return as_bfloat16(torch.maximum((above - zero) / 7, (zero + below) / 8) * self._half), zeros
+
+    def codes(self, step: Tensor, zero: Tensor) -> Tensor:
+        """The nearest codes, -8 to 7."""
+        factor = inverse(step)
+        codes = torch.addcmul((-zero * factor)[:, None], self._values, factor[:, None], out=self._codes)
+        return codes.round_().clamp_(-8, 7)
+
+    def best(self, scales: Tensor, zeros: Tensor) -> tuple[Tensor, ...]:
+        """Of scales and zeros [candidates, groups, 64], and of what least squares makes of each, the best.
+
+        The error of a fit is computed for the codes it was made from: the nearest codes can only be better.
+        """
+        steps, offsets = self.in_units(scales, zeros)
+        # Of each candidate the sums of code, code * code and code * value: every error is a polynomial in them.
+        sums, squares, products = (torch.empty_like(steps) for _ in range(3))
+        for number, candidate in enumerate(zip(steps, offsets, strict=True)):
+            codes = self.codes(*candidate)
+            torch.sum(codes, 1, out=sums[number])
+            torch.sum(torch.mul(codes, self._values, out=self._products), 1, out=products[number])
+            torch.sum(codes.mul_(codes), 1, out=squares[number])
+        spread = self._members * squares - sums * sums
+        fitted = torch.where(spread > 0, (self._members * products - sums * self._sum) / spread, steps)
+        means = (self._sum - fitted * sums) / self._members
+        fitted_scales, fitted_zeros = as_bfloat16(fitted * self._half), as_bfloat16(means * self._half + self._centre)
+        errors = [
+            step * (step * squares + 2 * (zero * sums - products)) + zero * (self._members * zero - 2 * self._sum)
+            for step, zero in ((steps, offsets), self.in_units(fitted_scales, fitted_zeros))
+        ]
+        return best_of(torch.cat(errors), torch.cat((scales, fitted_scales)), torch.cat((zeros, fitted_zeros)))
+
+
+def needed_step(low: Tensor, high: Tensor) -> Tensor:
+    """The least scale with which 256 codes and some zero code reach from ``low`` to ``high``."""
+    far = torch.maximum(high / (MOST + 127), low / (LEAST - 128))
+    need = torch.maximum((high - low) / 255, far)
+    return torch.where(need < TINY, 0.0, need)
+
+
+def affine8(
+    values: Tensor, low: Tensor, high: Tensor, steps: Tensor, scratch: Scratch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes 0 to 255, float32 in ``scratch[0]``, and scale codes and zero codes: see ``kernels.int8_matmul.reference``.
+
+    ``low`` and ``high`` are the range of each group, ``steps`` [64] what one scale code of a row is worth.
+
+    With so many codes the error of a group is mere chance, and a scale a few codes coarser costs less than the best of
+    a dozen draws gains: a sixth of the squared error.
+    """
+    first = torch.ceil(needed_step(low, high) * inverse(steps))
+    shifts = torch.arange(COARSER.start, COARSER.stop, device=first.device)[:, None, None]
+    scale_codes = (first + shifts).clamp_(1, 255)
+    scales = as_bfloat16(steps * scale_codes)
+    factors = inverse(scales)
+    zero_codes = ((low + high) * 0.5 * factors - (LEAST + MOST) / 2).round_().clamp_(-128, 127)
+    offsets = MIDDLE - as_bfloat16(scales * zero_codes / PLANES) * PLANES * factors
+    codes, rounded = scratch
+    errors = torch.empty_like(scales)
+    for number in range(len(errors)):
+        torch.addcmul(offsets[number, :, None], values, factors[number, :, None], out=codes)
+        torch.round(codes, out=rounded).clamp_(0, 255)
+        torch.sum(codes.sub_(rounded).square_(), 1, out=errors[number])
+    errors *= (scales * inverse(steps)).square_()  # from codes to scale codes, so that no square can overflow
+    scale_code, zero_code, factor, offset = best_of(errors, scale_codes, zero_codes, factors, offsets)
+    torch.addcmul(offset[:, None], values, factor[:, None], out=codes)
+    return codes.round_().clamp_(0, 255), scale_code, zero_code.add_(128)

@@ -5,15 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tierstore.errors import ModuleError
 from tierstore.kernels.int4_matmul.reference import ROWS, nibbles_of
 
 HALF = ROWS // 2
-
-
-def padded(size: int, multiple: int) -> int:
-    """``size`` rounded up to a multiple of ``multiple``."""
-    return -(-size // multiple) * multiple
+"""Bytes of one column of a tile."""
 
 
 def to_tile64(nibbles: Tensor) -> Tensor:
@@ -32,6 +27,11 @@ def from_tile64(tiles: Tensor) -> Tensor:
     return nibbles_of(tiles)
 
 
+def tile_of_columns(columns: Tensor) -> Tensor:
+    """One tile, uint8 [k * 32], of int16 nibbles that already stand column by column, [k, 64]."""
+    return torch.add(columns[:, :HALF], columns[:, HALF:], alpha=16).to(torch.uint8).reshape(-1)
+
+
 def to_tile32(tiles: Tensor) -> Tensor:
     """``tiles`` of 64 rows as tiles of 32, uint8 [n / 32, k * 16]: what torch's AVX2 kernel reads.
 
@@ -43,10 +43,3 @@ def to_tile32(tiles: Tensor) -> Tensor:
     upper = (first & 15) | (second << 4)
     lower = (first >> 4) | (second & 240)
     return torch.stack((upper, lower), dim=1).reshape(2 * blocks, k * HALF // 2)
-
-
-def finite(matrix: Tensor) -> Tensor:
-    wrong = int((~torch.isfinite(matrix)).sum())
-    if wrong:
-        raise ModuleError(f"{wrong} of {matrix.numel()} values are not finite: a packed format has no code for them")
-    return matrix
