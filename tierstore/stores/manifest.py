@@ -208,7 +208,7 @@ def check_parts(
         if wanted != entry.parts:
             raise StoreFormatError(
                 f"tensor {entry.name!r} of {where} is in format {entry.format!r} and has the parts "
-                f"{short(_said(entry.parts))}, {short(_said(wanted))} are needed for shape {entry.shape}: {AGAIN}"
+                f"{_said(entry.parts)}; {_said(wanted)} are needed for shape {entry.shape}: {AGAIN}"
             )
 
 
@@ -302,4 +302,4 @@ def _format(value: object, what: str) -> str:
 
 
 def _said(parts: Iterable[TensorSpec]) -> str:
-    return ", ".join(f"{part.name} {part.dtype} {list(part.shape)}" for part in parts)
+    return ", ".join(f"{part.name} {part.dtype} {list(part.shape)}" for part in parts)[:300]

@@ -99,9 +99,10 @@ class PackedWriter:
             raise StoreError(f"unit {number} is not among those left, {list(self.left)}: write each of those once")
         folder, what = self._place.unit, f"{unit_name(number)} of {str(self._out)!r}"
         with self._writing(what):
-            (folder / DATA).parent.mkdir(parents=True)
+            folder.mkdir()
         try:
             with self._writing(what):
+                (folder / DATA).parent.mkdir()
                 writer = UnitWriter(folder / DATA, self._plan.units[number], what)
             try:
                 yield writer

@@ -13,8 +13,11 @@ import numpy as np
 
 from tierstore.contracts import Buffer
 from tierstore.extents import align_up
-from tierstore.stores.durable import CHUNK, crc32c
+from tierstore.stores.durable import crc32c
 from tierstore.stores.workers import PAGE, move_bytes
+
+CHUNK = 4 << 20
+"""Bytes per write: one at a time of this size keeps a disk as busy as several."""
 
 
 class StreamedFile:

@@ -82,7 +82,8 @@ class Unfinished:
     def leave(self) -> None:
         """Let others have the folder. It goes if it was made here and nothing in it is worth going on with."""
         if self.lock.held and not self.begun:
-            with suppress(OSError):  # a unit is in it
+            with suppress(OSError):  # a whole unit is in it
+                shutil.rmtree(self.unit, ignore_errors=True)
                 for folder in (self.group, self.store):
                     if os.path.lexists(folder):
                         folder.rmdir()
@@ -120,8 +121,7 @@ class Unfinished:
 def take_away_done(out: Path) -> None:
     """Remove what a process that was killed right after the last rename left beside the whole store ``out``."""
     part = part_of(out)
-    names = set(os.listdir(part)) if part.is_dir() and not part.is_symlink() else set()
-    if names and names <= {PLAN, LOCK}:
+    if part.is_dir() and not part.is_symlink() and set(os.listdir(part)) <= {PLAN, LOCK}:
         with suppress(OSError, StoreBusyError):  # it does no harm, and may be another process's
             lock = FolderLock(part)
             (part / PLAN).unlink(missing_ok=True)
