@@ -1,0 +1,128 @@
+"""Products with torch's own kernels for packed weights, and when they are worth it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from tierstore.formats.format import Format, Parts
+from tierstore.formats.scales import int8_scales, paired
+from tierstore.formats.scratch import Scratch
+from tierstore.formats.tile64 import HALF, to_tile32, to_tile64
+from tierstore.kernels.int4_matmul.reference import ROWS
+
+aten = torch.ops.aten
+
+
+def choose(name: str, rows: int, n: int, k: int, dtype: torch.dtype, tile_rows: int) -> Literal["packed", "tiles"]:
+    """How to multiply ``rows`` rows of ``dtype`` with a matrix [n, k] of the format ``name`` on a CPU.
+
+    "packed" is torch's kernel for the format, which reads fewest bytes but does the arithmetic slowly; "tiles" unpacks
+    some rows at a time and multiplies these with the fast product of plain matrices. ``tile_rows`` is that of
+    ``int4_tile_rows``. A table of measurements (``scripts/bench_matmul.py``), and on purpose not a measurement while
+    running: the two round differently, and the same product must be the same on every run.
+    """
+    if dtype is not torch.bfloat16 or not n * k:
+        return "tiles"  # in float32 torch's kernels are plain loops
+    if name == "bf16":
+        return "packed"
+    if name == "int8-row" and k % 16:
+        return "tiles"  # torch's kernel reads and writes beyond the ends of its arguments, seen in 2.13
+    kind = name.partition("-")[0] if name.startswith("int4") else name
+    return "packed" if rows <= _MOST_ROWS.get((kind, tile_rows), 0) else "tiles"
+
+
+_MOST_ROWS = {
+    ("int4", 64): 32,
+    ("int4", 32): 12,
+    ("int8", 64): 16,
+    ("int8", 32): 6,
+    ("int8-row", 64): 8,
+    ("int8-row", 32): 8,
+    ("int8-row", 0): 8,
+}
+
+
+def arithmetic(dtype: torch.dtype, rows: int) -> torch.dtype:
+    """What tiles are unpacked to, for a product with ``rows`` rows of ``dtype`` on a CPU.
+
+    float16 has no fast product. Nor has bfloat16 without AVX-512, and for a single row rounding a tile to it takes
+    longer than it saves.
+    """
+    if dtype is torch.float64 or (dtype is torch.bfloat16 and rows > 1 and _has_avx512()):
+        return dtype
+    return torch.float32
+
+
+@cache
+def int4_tile_rows() -> int:
+    """Rows of the tiles that torch's int4 kernel reads on this machine: 64, 32, or 0 for any other layout.
+
+    A property of the processor, and of torch, that does not change while a process runs. Seen by packing a small
+    matrix, whatever torch says that it uses.
+    """
+    nibbles = torch.arange(ROWS * ROWS, dtype=torch.int32, device="cpu").mul_(7).bitwise_and_(15).view(ROWS, ROWS)
+    try:
+        packed = aten._convert_weight_to_int4pack_for_cpu(nibbles, 1).view(-1)
+    except (AttributeError, RuntimeError):
+        return 0
+    tiles = to_tile64(nibbles.to(torch.uint8))
+    for rows, layout in ((ROWS, tiles), (ROWS // 2, to_tile32(tiles))):
+        if torch.equal(packed, layout.view(-1)):
+            return rows
+    return 0
+
+
+@cache
+def _has_avx512() -> bool:
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+def packed_product(x: Tensor, form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Tensor:
+    """``x @ W.T``, bfloat16 [m, n], for bfloat16 ``x`` [m, k], where ``choose`` said "packed"."""
+    if form.name == "bf16":
+        return linear(x, parts["codes"])
+    if form.name == "int8-row":
+        return torch._weight_int8pack_mm(x, parts["codes"], parts["scales"].view(-1))
+    if form.group and k % form.group:
+        x = pad(x, (0, form.group - k % form.group))
+    if form.name == "int8":
+        scales = paired(*int8_scales(parts["scales"], parts["steps"], scratch), scratch)
+        low, high = (_int4_product(x, parts[plane], form.group, scales) for plane in ("low", "high"))
+        product = low.add_(high, alpha=16)
+    else:
+        product = _int4_product(x, parts["codes"], form.group, parts["scales"])
+    return product if product.shape[1] == n else product[:, :n].contiguous()
+
+
+def _int4_product(x: Tensor, codes: Tensor, group: int, scales: Tensor) -> Tensor:
+    rows, columns = scales.shape[1], x.shape[1]
+    if int4_tile_rows() == ROWS:
+        return cast(Tensor, aten._weight_int4pack_mm_for_cpu(x, codes.view(rows, columns // 2), group, scales))
+    return _by_halves(x, codes, group, scales)
+
+
+def _by_halves(x: Tensor, codes: Tensor, group: int, scales: Tensor) -> Tensor:
+    """The int4 product of a kernel that reads tiles of 32 rows.
+
+    What is one column to us, 32 bytes, is two columns to it. The first half of these bytes are then 32 rows with zeros
+    at every odd column of ``x``, the second half another 32 rows with zeros at every even one. That is twice the
+    arithmetic, and a third of the time that turning the codes around would take.
+    """
+    blocks, m, columns = codes.shape[0], x.shape[0], x.shape[1]
+    rows = blocks * HALF
+    spread = x.new_zeros(2, m, columns, 2)
+    spread[0, :, :, 0] = x
+    spread[1, :, :, 1] = x
+    own = scales.view(-1, blocks, 2, 2, 16, 2).permute(3, 0, 1, 2, 4, 5).reshape(2, -1, rows, 2)
+    product = x.new_empty(m, blocks, 2, 2, 16)
+    for half in (0, 1):
+        there = aten._weight_int4pack_mm_for_cpu(
+            spread[half].view(m, 2 * columns), codes.view(rows, columns), 2 * group, own[half]
+        )
+        product[:, :, :, half] = there.view(m, blocks, 2, 16)
+    return product.view(m, -1)

@@ -1,0 +1,125 @@
+"""Products with packed matrices, and their values where something else than a product is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tierstore.errors import DeviceError
+from tierstore.formats.cpu import arithmetic, choose, int4_tile_rows, packed_product
+from tierstore.formats.format import Format, Parts, matrices_of
+from tierstore.formats.fp4 import Fp4
+from tierstore.formats.fp8 import Fp8
+from tierstore.formats.int4 import Int4
+from tierstore.formats.int8 import Int8
+from tierstore.formats.int8_row import Int8Row
+from tierstore.formats.mxfp4 import MxFp4
+from tierstore.formats.scratch import Scratch
+from tierstore.formats.tables import unpack_rows
+from tierstore.formats.tiles import tiles
+
+__all__ = ["dequantise", "linear", "unpack_rows"]
+
+MATMULS: Mapping[type, tuple[str, tuple[str, ...]]] = {
+    Int4: ("int4_matmul", ("codes", "scales")),
+    Int8: ("int8_matmul", ("high", "low", "scales", "steps")),
+    Int8Row: ("int8_row_matmul", ("codes", "scales")),
+    Fp8: ("fp8_matmul", ("codes", "scales")),
+    Fp4: ("fp4_matmul", ("codes", "scales", "scale")),
+    MxFp4: ("mxfp4_matmul", ("codes", "scales")),
+}
+"""The folder of ``kernels/`` for each format, and the parts in the order that its ``matmul`` takes them."""
+
+
+def linear(x: Tensor, form: Format, parts: Parts, n: int, k: int, bias: Tensor | None, scratch: Scratch) -> Tensor:
+    """``F.linear`` of ``x`` [..., k] with the matrix [n, k] of ``parts`` and ``bias`` [n]: [..., n], contiguous.
+
+    In the dtype of ``x``, any floating one. The matrix never stands unpacked in memory, only a tile of it at a time.
+    Raises ``RuntimeError`` where shapes or dtypes do not fit, ``DeviceError`` for what is neither a CPU nor a GPU of
+    CUDA.
+    """
+    shape = x.shape
+    if not shape or shape[-1] != k or not x.dtype.is_floating_point:
+        raise RuntimeError(
+            f"a packed weight of shape ({n}, {k}) multiplies floating tensors with {k} values in their last axis, "
+            f"got one of shape {tuple(shape)} and {x.dtype}"
+        )
+    m = x.numel() // k if k else prod(shape[:-1])
+    rows = x.reshape(m, k).contiguous()
+    if not m * n * k:
+        product = x.new_zeros(m, n)
+    elif x.device.type == "cpu":
+        product = _on_cpu(rows, form, parts, n, k, scratch)
+    else:
+        product = _on_device(rows, form, parts, n, k, scratch)
+    if bias is not None:
+        product.add_(bias)
+    return product if len(shape) == 2 else product.view(*shape[:-1], n)
+
+
+def dequantise(form: Format, parts: Parts, shape: Sequence[int], dtype: torch.dtype, scratch: Scratch | None) -> Tensor:
+    """The values of a whole tensor of ``shape``, contiguous: those of ``Format.unpack``, rounded to ``dtype``.
+
+    In memory of ``scratch`` that the next call on this thread overwrites; without one, in memory of its own.
+    """
+    front, n, k = matrices_of(shape)
+    device = next(iter(parts.values())).device
+    work = Scratch() if scratch is None else scratch
+    whole = (*front, n, k)
+    if scratch is None:
+        out = torch.empty(whole, dtype=dtype, device=device)
+    else:
+        out = scratch.take("whole", whole, dtype, device)
+    if out.numel() and device.type != "meta":
+        for number, matrix in enumerate(out.view(-1, n, k)):
+            own = {name: part.view(-1, *part.shape[len(front) :])[number] for name, part in parts.items()}
+            for first, tile in tiles(form, own, n, k, dtype, work):
+                matrix[first : first + len(tile)] = tile
+    return out.view(tuple(shape))
+
+
+def _on_cpu(x: Tensor, form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Tensor:
+    if choose(form.name, len(x), n, k, x.dtype, int4_tile_rows()) == "packed":
+        return packed_product(x, form, parts, n, k, scratch)
+    return by_tiles(x, form, parts, n, k, arithmetic(x.dtype, len(x)), scratch)
+
+
+def _on_device(x: Tensor, form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Tensor:
+    kind = x.device.type
+    if kind == "meta":
+        return x.new_empty(len(x), n)
+    if kind != "cuda":
+        raise DeviceError(
+            f"weights packed as {form.name} are multiplied on cpu and cuda devices, as those of every format are, not "
+            f"on {x.device}: move the module to one of these, or keep its weights unpacked"
+        )
+    operation, names = MATMULS.get(type(form), ("", ()))
+    matmul = _kernel(operation)
+    if matmul is None:
+        return by_tiles(x, form, parts, n, k, x.dtype, scratch)
+    grouping = (form.group,) if isinstance(form, Int4) else ()
+    return cast(Tensor, matmul(x, *(parts[name] for name in names), n, *grouping))
+
+
+def by_tiles(x: Tensor, form: Format, parts: Parts, n: int, k: int, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    """``x @ W.T`` in the dtype of ``x``, a tile of ``W`` at a time, worked out in ``dtype``."""
+    work = x.to(dtype)
+    product = work.new_empty(len(x), n)
+    for first, tile in tiles(form, parts, n, k, dtype, scratch):
+        torch.mm(work, tile.T, out=product[:, first : first + len(tile)])
+    return product.to(x.dtype)
+
+
+@cache
+def _kernel(operation: str) -> Any:
+    """The Triton kernel of an operation; None where there is none, or no Triton."""
+    if not operation or find_spec("triton") is None:
+        return None
+    return import_module(f"tierstore.kernels.{operation}.triton").matmul

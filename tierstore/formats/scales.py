@@ -1,0 +1,59 @@
+"""The scales and zeros of groups, as arithmetic wants them: all in a few vector operations.
+
+A bfloat16 is the upper half of a float32, so that a pair of them is taken apart, or put together, as one int32.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from tierstore.formats.scratch import Scratch
+from tierstore.kernels.int4_matmul.reference import ROWS
+from tierstore.kernels.int8_matmul.reference import PLANES
+
+LITTLE = sys.byteorder == "little"
+UPPER_HALF = -0x10000
+
+
+def words(part: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    """``part`` with its last axis read as wider integers; a copy only where it does not lie so that they can be."""
+    if not part.is_contiguous() or part.storage_offset() * part.itemsize % dtype.itemsize:
+        part = scratch.take(f"aligned {part.shape}", part.shape, part.dtype, part.device).copy_(part)
+    return part.view(dtype)
+
+
+def int4_scales(scales: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """(scale, zero), each float32 [kp / group, np], of the ``scales`` of int4."""
+    pairs = words(scales, torch.int32, scratch)[..., 0]
+    scale, zero = scratch.take("scales", (2, *pairs.shape), torch.int32, pairs.device).unbind(0)
+    torch.bitwise_left_shift(pairs, 16, out=scale)
+    torch.bitwise_and(pairs, UPPER_HALF, out=zero)
+    return scale.view(torch.float32), zero.view(torch.float32)
+
+
+def int8_scales(scales: Tensor, steps: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """(scale, zero), each float32 [kp / 64, np] that bfloat16 holds, of the ``scales`` and ``steps`` of int8."""
+    codes = words(scales, torch.int16, scratch)
+    blocks, groups, device = codes.shape[0], codes.shape[1] // ROWS, codes.device
+    scale, zero, spare = scratch.take("scales", (3, groups, blocks * ROWS), torch.int32, device).unbind(0)
+    scale.view(groups, blocks, ROWS).copy_(codes.view(blocks, groups, ROWS).transpose(0, 1))
+    torch.bitwise_right_shift(scale, 8, out=zero)
+    torch.bitwise_and(scale, 255, out=spare)
+    torch.bitwise_and(zero, 255, out=zero)
+    scale, zero = scale.view(torch.float32).copy_(spare), spare.view(torch.float32).copy_(zero)
+    rounded = scratch.take("rounded", scale.shape, torch.bfloat16, device)
+    scale.copy_(rounded.copy_(scale.mul_(steps.view(-1))))
+    zero.sub_(128).mul_(scale).div_(PLANES)
+    zero.copy_(rounded.copy_(zero))
+    return scale, zero
+
+
+def paired(scale: Tensor, zero: Tensor, scratch: Scratch) -> Tensor:
+    """The ``scales`` that int4 would have for these, bfloat16 [kp / group, np, 2]."""
+    pairs = scratch.take("pairs", scale.shape, torch.int32, scale.device)
+    torch.bitwise_right_shift(scale.view(torch.int32), 16, out=pairs)
+    pairs.bitwise_and_(~UPPER_HALF).bitwise_or_(zero.view(torch.int32))
+    return pairs.view(torch.bfloat16).view(*scale.shape, 2)
