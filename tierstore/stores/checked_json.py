@@ -11,16 +11,19 @@ from tierstore.tensors import ITEMSIZE, TensorSpec
 
 MAX_RANK = 64
 """Most dimensions of a tensor; torch has no more."""
+SPEC_KEYS = frozenset(("name", "dtype", "shape"))
+_NO_TEXT = re.compile("[\x00-\x1f\ud800-\udfff]")  # control characters, and halves of characters
+_CRC = re.compile("[0-9a-f]{8}")
 AGAIN = "copy the store again, or pack it again"
 """The next step where a document is wrong."""
 
 
-def need_object(value: object, keys: str, what: str) -> dict[str, object]:
-    """An object with exactly ``keys``, which are separated by spaces, or ``StoreFormatError`` as below."""
+def need_object(value: object, keys: frozenset[str], what: str) -> dict[str, object]:
+    """An object with exactly ``keys``, or ``StoreFormatError``, as below."""
     if not isinstance(value, dict):
         raise StoreFormatError(f"{what} is a JSON {kind_of(value)}, an object is needed: {AGAIN}")
-    if value.keys() != set(keys.split()):
-        raise StoreFormatError(f"{what} needs exactly {keys.split()}, has {short(sorted(value))}: {AGAIN}")
+    if value.keys() != keys:
+        raise StoreFormatError(f"{what} needs exactly {', '.join(sorted(keys))}, has {short(sorted(value))}: {AGAIN}")
     return value
 
 
@@ -54,16 +57,16 @@ def need_whole(value: object, what: str) -> int:
 
 def need_crc(value: object, what: str) -> int:
     """A CRC32C as 8 hexadecimal digits."""
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{8}", value):
+    if not isinstance(value, str) or not _CRC.fullmatch(value):
         raise StoreFormatError(f"{what} is {short(value)}, 8 hexadecimal digits are needed: {AGAIN}")
     return int(value, 16)
 
 
 def need_spec(value: object, what: str) -> TensorSpec:
     """A tensor's name, dtype and shape, such as torch can have."""
-    table = need_object(value, "name dtype shape", what)
+    table = need_object(value, SPEC_KEYS, what)
     name, dtype, shape = need_text(table["name"], f"the name of {what}"), table["dtype"], table["shape"]
-    if not name or len(name) > 4096 or any(ord(mark) < 32 or 0xD800 <= ord(mark) < 0xE000 for mark in name):
+    if not name or len(name) > 4096 or _NO_TEXT.search(name):
         raise StoreFormatError(
             f"{what} has a name of {len(name)} characters, 1 to 4096 are needed, none of them control characters or "
             f"surrogates: {AGAIN}"
@@ -84,13 +87,8 @@ def need_spec(value: object, what: str) -> TensorSpec:
 def check_file_name(name: str, what: str) -> None:
     """``StoreFormatError`` unless ``name`` is a relative path that stays in its folder, apart from the weights."""
     parts = name.split("/")
-    bad = len(name) > 1000 or any(len(part) > 255 for part in parts) or any(ord(c) < 32 or c == "\\" for c in name)
-    if (
-        bad
-        or any(part in ("", ".", "..") for part in parts)
-        or parts[0] == "weights.zarr"
-        or any(0xD800 <= ord(mark) < 0xE000 for mark in name)
-    ):
+    bad = len(name) > 1000 or "\\" in name or _NO_TEXT.search(name) or parts[0] == "weights.zarr"
+    if bad or any(part in ("", ".", "..") or len(part) > 255 for part in parts):
         raise StoreFormatError(
             f"{what} the file {short(name)}, a relative path beside weights.zarr that stays in the folder is needed: "
             "do not trust this store"

@@ -19,6 +19,7 @@ from tierstore.errors import ChecksumError, StoreFormatError, TierstoreError
 from tierstore.extents import Extent, align_up
 from tierstore.stores.checked_json import (
     AGAIN,
+    SPEC_KEYS,
     check_file_name,
     need_crc,
     need_list,
@@ -39,11 +40,15 @@ KEEP = "keep"
 ALIGN = 4096
 """Bytes: where a stored tensor may begin in its unit file."""
 MAX_DOCUMENT_NBYTES = 100_000_000
+_KEYS = frozenset(["layout_version", "written_by", "source", "default_format", "nbytes", "units", "files", "crc32c"])
+_UNIT_KEYS = frozenset(["name", "nbytes", "zarr_json_crc32c", "tensors"])
+_TENSOR_KEYS = SPEC_KEYS | {"format", "relative_error", "parts"}
+_FILE_KEYS = frozenset(("nbytes", "crc32c"))
 _PART = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _FORMAT = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PackedEntry:
     """A tensor of the model: its own ``dtype`` and ``shape``, and what is stored for it.
 
@@ -58,7 +63,7 @@ class PackedEntry:
     parts: tuple[TensorSpec, ...]
     relative_error: float | None = None
 
-    @property
+    @cached_property
     def stored(self) -> tuple[TensorSpec, ...]:
         """What is stored, by stored name: the tensor itself, or its parts as ``"<name>.<part>"``."""
         if self.format == KEEP:
@@ -71,14 +76,14 @@ class PackedEntry:
         return sum(part.nbytes for part in self.stored)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PackedUnit:
     """What lies in one unit file. ``document_crc32c`` is that of the unit's own ``zarr.json``."""
 
     tensors: tuple[PackedEntry, ...]
     document_crc32c: int = 0
 
-    @property
+    @cached_property
     def placed(self) -> tuple[tuple[TensorSpec, Extent], ...]:
         """Each stored tensor and its bytes in the file: in order, each at the next multiple of 4096."""
         found, at = [], 0
@@ -90,7 +95,7 @@ class PackedUnit:
     @property
     def nbytes(self) -> int:
         """Bytes of the file, a multiple of 4096."""
-        return sum(align_up(part.nbytes, ALIGN) for entry in self.tensors for part in entry.stored)
+        return align_up(self.placed[-1][1].end, ALIGN) if self.placed else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +173,7 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
             f"{where} has layout_version {short(version)}, this tierstore reads up to {LAYOUT_VERSION}: "
             "upgrade tierstore, or pack the model again with this one"
         )
-    keys = "layout_version written_by source default_format nbytes units files crc32c"
-    table = need_object(mine, keys, f"the manifest in {where}")
+    table = need_object(mine, _KEYS, f"the manifest in {where}")
     units = tuple(
         _unit(value, number, where) for number, value in enumerate(need_list(table["units"], f"the units of {where}"))
     )
@@ -237,7 +241,7 @@ def _crc_of(mine: Mapping[str, object]) -> int:
 
 def _unit(value: object, number: int, where: str) -> PackedUnit:
     what = f"unit {number} of {where}"
-    table = need_object(value, "name nbytes zarr_json_crc32c tensors", what)
+    table = need_object(value, _UNIT_KEYS, what)
     if table["name"] != unit_name(number):
         raise StoreFormatError(f"{what} is named {short(table['name'])}, {unit_name(number)!r} is needed: {AGAIN}")
     entries = tuple(_entry(each, what) for each in need_list(table["tensors"], f"the tensors of {what}"))
@@ -250,8 +254,8 @@ def _unit(value: object, number: int, where: str) -> PackedUnit:
 
 
 def _entry(value: object, where: str) -> PackedEntry:
-    table = need_object(value, "name format dtype shape relative_error parts", f"a tensor in {where}")
-    spec = need_spec({key: table[key] for key in ("name", "dtype", "shape")}, f"a tensor in {where}")
+    table = need_object(value, _TENSOR_KEYS, f"a tensor in {where}")
+    spec = need_spec({key: table[key] for key in SPEC_KEYS}, f"a tensor in {where}")
     what = f"tensor {short(spec.name)} in {where}"
     form = _format(table["format"], f"the format of {what}")
     parts = tuple(need_spec(part, f"a part of {what}") for part in need_list(table["parts"], f"the parts of {what}"))
@@ -289,7 +293,7 @@ def _files(value: object, where: str) -> dict[str, PlainFile]:
     found = {}
     for name, each in value.items():
         check_file_name(name, f"{where} names")
-        table = need_object(each, "nbytes crc32c", f"file {name!r} of {where}")
+        table = need_object(each, _FILE_KEYS, f"file {name!r} of {where}")
         nbytes = need_whole(table["nbytes"], f"nbytes of file {name!r} of {where}")
         found[name] = PlainFile(nbytes, need_crc(table["crc32c"], f"crc32c of file {name!r} of {where}"))
     return found

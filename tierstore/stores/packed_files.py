@@ -107,7 +107,7 @@ def parse_unit(raw: bytes, unit: PackedUnit, where: str) -> tuple[PackedUnit, tu
 
 
 def _check_parts(parts: Sequence[object], unit: PackedUnit, where: str) -> None:
-    end = 0
+    end, whole = 0, unit.nbytes
     for number, (spec, extent) in enumerate(unit.placed):
         match parts[number] if number < len(parts) else None:
             case {"name": str(name), "offset": int(offset), "nbytes": int(nbytes), "dtype": dtype, "shape": shape}:
@@ -124,8 +124,8 @@ def _check_parts(parts: Sequence[object], unit: PackedUnit, where: str) -> None:
             raise StoreFormatError(f"{what} starts at byte {offset}, a multiple of {ALIGN} is needed: {AGAIN}")
         if offset < end:
             raise StoreFormatError(f"{what} starts at byte {offset} and overlaps the one before: {AGAIN}")
-        if offset + nbytes > unit.nbytes:
-            raise StoreFormatError(f"{what} ends at byte {short(offset + nbytes)}, the unit has {unit.nbytes}: {AGAIN}")
+        if offset + nbytes > whole:
+            raise StoreFormatError(f"{what} ends at byte {short(offset + nbytes)}, the unit has {whole}: {AGAIN}")
         if (offset, nbytes) != (extent.offset, extent.nbytes):
             raise StoreFormatError(
                 f"{what} has {nbytes} bytes at {offset}, {extent.nbytes} at {extent.offset} are needed: {AGAIN}"
