@@ -388,6 +388,18 @@ def test_values_too_small_for_a_format_become_small(form: Format, power: int) ->
     assert (unpacked(form, matrix) - matrix).abs().max() <= max(2.0**-127, matrix.abs().max().item() / 4)
 
 
+@every_format
+def test_nothing_is_divided_by_a_scale_that_may_flush_to_zero(form: Format) -> None:
+    matrix = torch.stack([torch.full((40,), 2.0**power) for power in (-120, -110, -100)])
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor always keeps denormals")
+    try:
+        values = [unpacked(form, matrix[:rows]) for rows in range(1, 4)]
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(torch.all((some[-1] - matrix[len(some) - 1]).abs() <= some[-1] / 4) for some in values)
+
+
 @pytest.mark.parametrize("name", ["fp8", "fp4", "mxfp4"])
 def test_the_largest_float32_values(name: str) -> None:
     matrix = torch.tensor([[FLOAT32_MAX]]).repeat(64, 64)

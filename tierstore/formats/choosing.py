@@ -42,15 +42,15 @@ def choose_formats(parameters: Sequence[Parameter], default: str | None, pattern
     """For each parameter, by its first name, the name of a format or ``"keep"``.
 
     The first of ``patterns`` (as ``fnmatch`` has them, with case) that matches decides: either any of the parameter's
-    names or the path of a module that holds it, such as ``"lm_head"`` or ``"*experts*"``. Where one with wildcards also
-    matches what cannot be packed, such as biases, that is kept. ``"bf16"`` keeps what has 16 bits already.
+    names or the path of a module that holds it, such as ``"lm_head"`` or ``"*experts*"``. Where it also matches what
+    cannot be packed, such as biases, that is kept. ``"bf16"`` keeps what has 16 bits already.
 
     Without a pattern: ``default``, where it makes the parameter smaller and that has at least ``FEWEST_ELEMENTS``.
     Tables become ``TABLE_FORMAT``, but bfloat16 under ``"bf16"``, and under the 8-bit integers as those do; there a
     tied one is kept: as a head it would add more error than all else together. ``None`` is ``"keep"``.
 
-    Raises ``ModuleError`` for an unknown format, for a pattern that decides nothing, and for one that names a parameter
-    that cannot be packed, or matches no other, unless it says ``"keep"``.
+    Raises ``ModuleError`` for an unknown format, for a pattern that decides nothing, and for one that decides only what
+    cannot be packed, unless it says ``"keep"``.
     """
     default = default or KEEP
     for name in (default, *patterns.values()):
@@ -97,6 +97,8 @@ def usual(parameter: Parameter, default: str) -> str:
     if default == KEEP or hindrance(parameter) or prod(parameter.shape) < FEWEST_ELEMENTS:
         return KEEP
     name = default
+    # Measured with SmolLM2-135M, whose table is tied, as KL from the unpacked model: an int8 table adds 0.0008 to the
+    # 0.1907 of int4, and 0.0004 to the 0.0007 of int8.
     if parameter.kind != "weight" and default != "bf16":
         if default not in ("int8", "int8-row"):
             name = TABLE_FORMAT
@@ -118,13 +120,10 @@ def hindrance(parameter: Parameter) -> str:
 
 
 def _check_packable(pattern: str, name: str, parameters: Sequence[Parameter]) -> None:
-    refused = [parameter for parameter in parameters if hindrance(parameter)]
-    named = [parameter for parameter in refused if pattern in parameter.names]
-    if named or len(refused) == len(parameters):
-        parameter = (named or refused)[0]
+    if all(map(hindrance, parameters)):
         raise ModuleError(
-            f"{parameter.names[0]!r} cannot be packed as {name}, which the pattern {pattern!r} asks for: it "
-            f"{hindrance(parameter)}: leave it out, or give it {KEEP!r}"
+            f"{parameters[0].names[0]!r} cannot be packed as {name}, which the pattern {pattern!r} asks for: it "
+            f"{hindrance(parameters[0])}: leave it out, or give it {KEEP!r}"
         )
 
 
