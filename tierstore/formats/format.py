@@ -67,13 +67,15 @@ def pack_tensor(form: Format, tensor: Tensor) -> dict[str, Tensor]:
     front, n, k = matrices_of(tensor.shape)
     if not front:
         return form.pack(tensor.reshape(n, k))
-    flat = tensor.reshape(-1, n, k)
-    made: dict[str, Tensor] = {}
+    flat = tensor.reshape(prod(front), n, k)
+    made = {
+        part.name: tensor.new_empty(part.shape, dtype=getattr(torch, part.dtype))
+        for part in part_specs(form, tensor.shape)
+    }
     for number, matrix in enumerate(flat):
         for name, part in form.pack(matrix).items():
-            whole = made.setdefault(name, part.new_empty((len(flat), *part.shape)))
-            whole[number] = part
-    return {name: part.reshape(*front, *part.shape[1:]) for name, part in made.items()}
+            made[name].flatten(0, len(front) - 1)[number] = part
+    return made
 
 
 def unpack_tensor(form: Format, parts: Parts, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -81,8 +83,8 @@ def unpack_tensor(form: Format, parts: Parts, shape: Sequence[int], dtype: torch
     front, n, k = matrices_of(shape)
     some = next(iter(parts.values()))
     out = torch.empty((*front, n, k), dtype=dtype, device=some.device)
-    flat = out.reshape(-1, n, k)
+    flat = out.reshape(prod(front), n, k)
     for number in range(len(flat)):
-        inside = {name: part.reshape(-1, *part.shape[len(front) :])[number] for name, part in parts.items()}
+        inside = {name: part.flatten(0, len(front) - 1)[number] if front else part for name, part in parts.items()}
         flat[number] = form.unpack(inside, n, k)
     return out.reshape(tuple(shape))
