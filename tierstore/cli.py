@@ -1,4 +1,4 @@
-"""The command ``tierstore``: generate text with a model larger than memory, and say what a machine has."""
+"""The command ``tierstore``: generate text with a model larger than memory, pack one, and say what a machine has."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ try:
     import typer
     from rich.console import Console
     from rich.live import Live
+
+    from tierstore import cli_packed
 except ModuleNotFoundError as missing:
     raise SystemExit(f"the tierstore command needs {missing.name}: pip install 'tierstore[hf]'") from None
 
@@ -35,6 +37,10 @@ app = typer.Typer(
 )
 
 
+app.command()(cli_packed.pack)
+app.command()(cli_packed.verify)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; always ends in ``SystemExit``. A ``TierstoreError`` is one line and exit code 2."""
     try:
@@ -46,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a .gguf file.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, a .gguf file, or a packed store.")],
     prompt: Annotated[str, typer.Option(help="What the model continues, or answers when it has a chat template.")],
     hbm: Annotated[str, typer.Option(help="Weight bytes on the compute device, such as 20GiB.")],
     ram: Annotated[str, typer.Option(help="Pinned host memory, such as 48GiB.")] = "0",
@@ -100,10 +106,17 @@ def generate(
 
 @app.command()
 def info(
-    path: Annotated[Path | None, typer.Argument(help="A file, or a folder of files, on the disk to measure.")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(help="A packed store, or what else lies on the disk to measure.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
-    """Say what this machine has: memory and caps, GPUs, link speeds, GPUDirect Storage, pinnable memory."""
+    """Say what a packed store holds, or this machine: memory and caps, GPUs, link speeds, GPUDirect Storage."""
+    from tierstore.stores.packed import is_packed
+
+    if path is not None and is_packed(path):
+        cli_packed.describe(path, as_json)
+        return
     import torch
 
     from tierstore.machine import inspect_machine, measure_links

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,11 +20,13 @@ from tierstore.budget import Budget, Tier
 from tierstore.composing import TYPICAL_COMPUTE, TYPICAL_LINKS, align_of, cut_module, plan_units
 from tierstore.contracts import Store
 from tierstore.errors import BudgetError, DeviceError
+from tierstore.formats.format import Format
 from tierstore.machine import check_budget, check_room, inspect_machine
 from tierstore.measuring import measure_compute, measure_store
 from tierstore.report.tally import Tally
 from tierstore.runtime import Runtime
 from tierstore.session import Engaged, Session
+from tierstore.stores.packed import is_packed
 from tierstore.tensors import Block, Unit
 
 if TYPE_CHECKING:
@@ -44,13 +47,13 @@ def load(
     trust_remote_code: bool = False,
     backend: Backend | None = None,
 ) -> Session:
-    """A transformers checkpoint, run from where its bytes lie: safetensors shards, or a ``.gguf`` file.
+    """A transformers checkpoint, run from where its bytes lie: safetensors shards, a ``.gguf`` file, or a packed store.
 
     ``device`` computes (default: the current CUDA device, else the CPU); ``dtype`` None is the
-    checkpoint's own. Only weights that need arithmetic (a cast, a permutation) are written, once, below
-    ``store``. ``model_class`` replaces the class that the checkpoint's config names. Code from the
-    checkpoint runs only with ``trust_remote_code``. ``backend`` replaces what is made for the device,
-    for tests.
+    checkpoint's own, and a packed store has no other. Only weights that need arithmetic (a cast, a
+    permutation) are written, once, below ``store``. ``model_class`` replaces the class that the
+    checkpoint's config names. Code from the checkpoint runs only with ``trust_remote_code``.
+    ``backend`` replaces what is made for the device, for tests.
 
     Raises ``PlanError`` with the smallest budget that would do, ``BudgetError``, ``CheckpointError``
     and ``StoreError``; nothing is left open then.
@@ -59,21 +62,14 @@ def load(
         raise BudgetError(f"load takes a Budget, got {type(budget).__name__}: write Budget(hbm='4GiB', ...)")
     chosen = backend or backend_for(device)
     check_budget(budget, inspect_machine(), chosen.device)
-    try:
-        from tierstore.hf.checkpoint import open_checkpoint
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("tierstore"):
-            raise
-        raise DeviceError(
-            f"load needs the package {error.name}, which is not installed: pip install 'tierstore[hf]'"
-        ) from error
-    checkpoint = open_checkpoint(
+    checkpoint = _opened(
         path,
         dtype=dtype,
         model_class=model_class,
         trust_remote_code=trust_remote_code,
         store_dir=None if store is None else Path(store),
         nvme=budget.nvme,
+        device=chosen.device,
     )
     with ExitStack() as undo:
         undo.callback(checkpoint.store.close)
@@ -82,16 +78,51 @@ def load(
     return session
 
 
+def _opened(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None,
+    model_class: type | None,
+    trust_remote_code: bool,
+    store_dir: Path | None,
+    nvme: int | None,
+    device: torch.device,
+) -> Checkpoint:
+    try:
+        from tierstore.hf.checkpoint import open_checkpoint
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("tierstore"):
+            raise
+        raise DeviceError(
+            f"load needs the package {error.name}, which is not installed: pip install 'tierstore[hf]'"
+        ) from error
+    if is_packed(path):
+        from tierstore.hf.packed import open_packed
+
+        return open_packed(
+            path, dtype=dtype, model_class=model_class, trust_remote_code=trust_remote_code, device=device
+        )
+    return open_checkpoint(
+        path,
+        dtype=dtype,
+        model_class=model_class,
+        trust_remote_code=trust_remote_code,
+        store_dir=store_dir,
+        nvme=nvme,
+    )
+
+
 def _engage(checkpoint: Checkpoint, budget: Budget, backend: Backend) -> Session:
     module = checkpoint.module
     tally = Tally()
-    entries = find_entries(module, elsewhere={*checkpoint.pieces, *checkpoint.ready})
+    entries = find_entries(module, elsewhere={*checkpoint.pieces, *checkpoint.ready, *checkpoint.packed})
     fixed = _place_ready(entries, checkpoint.ready, backend.device)
     held, blocks = _blocks_of(entries, checkpoint, backend.device)
     cut = cut_module(module, held, {n: b.nbytes for n, b in blocks.items()}, max(budget.hbm - fixed, 0))
     units = [Unit(group.name, tuple(blocks[b] for b in group.blocks)) for group in cut.groups]
     large = sum(unit.nbytes for unit in units) > max(budget.hbm, MEASURED_FROM)
-    dtype = next((e.tensor.dtype for e in entries if e.tensor.is_floating_point()), torch.float32)
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    form = _usual_format(checkpoint)
     plan = plan_units(
         units,
         cut,
@@ -101,7 +132,7 @@ def _engage(checkpoint: Checkpoint, budget: Budget, backend: Backend) -> Session
         unified=backend.engine.unified,
         look_up=True,
         links=measure_store(checkpoint.store, TYPICAL_LINKS) if large else TYPICAL_LINKS,
-        compute_bytes_per_second=measure_compute(dtype, backend.device) if large else TYPICAL_COMPUTE,
+        compute_bytes_per_second=measure_compute(dtype, backend.device, form) if large else TYPICAL_COMPUTE,
     )
     pinned = 0 if backend.engine.unified else plan.staging_nbytes
     check_room(
@@ -131,6 +162,15 @@ def _engage(checkpoint: Checkpoint, budget: Budget, backend: Backend) -> Session
         notes=checkpoint.notes,
         checkpoint_path=checkpoint.path,
     )
+
+
+def _usual_format(checkpoint: Checkpoint) -> Format | None:
+    """That of most bytes; None where they are plain."""
+    nbytes: Counter[Format | None] = Counter()
+    for name, pieces in checkpoint.pieces.items():
+        form = checkpoint.packed.get(name.rpartition(".")[0])
+        nbytes[form] += sum(piece.extent.nbytes for piece in pieces)
+    return max(nbytes, key=nbytes.__getitem__, default=None)
 
 
 def _finisher(binder: Binder, loans: Loans, runtime: Runtime, store: Store) -> Callable[[], None]:

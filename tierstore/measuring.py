@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tierstore.contracts import ReadRequest, Store
 from tierstore.extents import Extent
+from tierstore.formats.format import Format
+from tierstore.formats.linear import linear
+from tierstore.formats.scratch import Scratch
 from tierstore.pools.host import HostPool
 from tierstore.simulate import Links
 
@@ -17,10 +23,12 @@ SAMPLE_NBYTES = 32 << 20
 
 COMPUTE_NBYTES = 4 << 20
 COMPUTE_RUNS = 12
+BLOCK = 64
+"""Rows that every format packs without padding."""
 
 SLOWEST_COMPUTE = 2e9
-"""Weight bytes per second that any machine computes with: less was measured while others held the processor, and a plan
-that believed it would leave no room for reading ahead."""
+"""Weight bytes per second that any machine computes with, and as many weights where they are packed: less was measured
+while others held the processor, and a plan that believed it would leave no room for reading ahead."""
 
 
 def measure_store(store: Store, typical: Links) -> Links:
@@ -44,16 +52,28 @@ def measure_store(store: Store, typical: Links) -> Links:
     return Links(nbytes / seconds, typical.ram_bytes_per_second, typical.latency_seconds)
 
 
-def measure_compute(dtype: torch.dtype, device: torch.device) -> float:
-    """Weight bytes per second that a one-row matrix product computes with on ``device``."""
+def measure_compute(dtype: torch.dtype, device: torch.device, form: Format | None = None) -> float:
+    """Weight bytes per second that a one-row matrix product computes with on ``device``: packed ones where the
+    weights are packed as ``form``, of which fewer carry as many weights and each takes longer."""
     columns = 2048
-    rows = COMPUTE_NBYTES // (columns * dtype.itemsize)
     with torch.no_grad():
-        weight = torch.ones(rows, columns, device=device).to(dtype)
         row = torch.ones(1, columns, device=device).to(dtype)
+        if form is None:
+            rows = COMPUTE_NBYTES // (columns * dtype.itemsize)
+            nbytes = rows * columns * dtype.itemsize
+            weight = torch.ones(rows, columns, device=device).to(dtype)
+            product: Callable[[], Tensor] = partial(F.linear, row, weight)
+        else:
+            specs = form.parts(BLOCK, columns)
+            rows = max(COMPUTE_NBYTES // sum(spec.nbytes for spec in specs), 1) * BLOCK
+            specs = form.parts(rows, columns)
+            nbytes = sum(spec.nbytes for spec in specs)
+            parts = {s.name: torch.ones(s.shape, device=device).to(getattr(torch, s.dtype)) for s in specs}
+            product = partial(linear, row, form, parts, rows, columns, None, Scratch())
         seconds = []
         for _ in range(COMPUTE_RUNS):  # the fastest: others may be using the machine
             start = time.perf_counter()
-            F.linear(row, weight).sum().item()
+            product().sum().item()
             seconds.append(time.perf_counter() - start)
-    return max(COMPUTE_NBYTES / min(seconds), SLOWEST_COMPUTE)
+    slowest = SLOWEST_COMPUTE * nbytes / (rows * columns * dtype.itemsize)
+    return max(nbytes / min(seconds), slowest)

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from tierstore.budget import format_nbytes
 from tierstore.contracts import Store
 from tierstore.errors import CheckpointError
 from tierstore.extents import Extent
+from tierstore.formats.format import Format
 from tierstore.hf.converted import converted_store
 from tierstore.hf.joined import JoinedStore
 from tierstore.hf.placement import Computed, Placed, Run, contiguous_runs, materialise
@@ -34,8 +35,9 @@ class Checkpoint:
 
     ``pieces``, by name of parameter or persistent buffer (``named_parameters()``, so a tied weight has one
     name), cover the contiguous tensor exactly once; ``ready`` holds the values of all other parameters and
-    buffers, on the CPU. ``notes`` say what was converted or left out, and why. ``path`` is the folder with
-    config and tokenizer; ``written_nbytes`` is what opening wrote to disk.
+    buffers, on the CPU. ``packed`` says which parameters are packed tensors; ``pieces`` has their parts, by names
+    such as ``"lm_head.weight.codes"``. ``notes`` say what was converted or left out, and why. ``path`` is the folder
+    with config and tokenizer; ``written_nbytes`` is what opening wrote to disk.
     """
 
     module: torch.nn.Module
@@ -45,6 +47,7 @@ class Checkpoint:
     notes: tuple[str, ...]
     path: Path
     written_nbytes: int = 0
+    packed: Mapping[str, Format] = field(default_factory=dict)
 
 
 def open_checkpoint(

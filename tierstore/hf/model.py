@@ -81,9 +81,26 @@ def trace(
 ) -> Traced:
     """Build the module on meta and find where each of its weights lies. Reads bytes of ``store`` only to compare
     two copies of a tied weight. Raises ``CheckpointError``."""
+    state = {name: stored(name, store) for name in store.specs}
+    module, info = build(path, config, state, dtype, model_class, trust_remote_code)
+    _check(path, module, info)
+    computed = _compute_unfound(path, module)
+    placed, ready = lift(module)
+    describe(module, path)
+    return Traced(module, placed, {**ready, **computed}, tuple(_notes(info, computed)))
+
+
+def build(
+    path: Path,
+    config: Any,
+    state: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | str | None,
+    model_class: type | None,
+    trust_remote_code: bool,
+) -> tuple[Any, Mapping[str, Any]]:
+    """The module with ``state`` in it, and what transformers says of missing, unexpected and mismatched names."""
     _refuse_quantized(path, config)
     chosen, config = _class_for(path, config, model_class, trust_remote_code)
-    state = {name: stored(name, store) for name in store.specs}
     try:
         with _quiet(), torch.device("cpu"), _UnfoundStaysOnMeta():
             module, info = chosen.from_pretrained(
@@ -103,11 +120,7 @@ def trace(
             f"transformers {transformers.__version__} cannot make a {chosen.__name__} of {str(path)!r}: "
             f"{_first_line(error)}: check config.json, dtype and model_class"
         ) from error
-    _check(path, module, info)
-    computed = _compute_unfound(path, module)
-    placed, ready = _lift(module)
-    _describe(module, path)
-    return Traced(module, placed, {**ready, **computed}, tuple(_notes(info, computed)))
+    return module, info
 
 
 class _UnfoundStaysOnMeta(TorchFunctionMode):
@@ -195,12 +208,10 @@ def _check(path: Path, module: nn.Module, info: Mapping[str, Any]) -> None:
     kind = type(module).__name__
     if wrong := sorted(info["mismatched_keys"]):
         shapes = [f"{name} is {tuple(have)}, {kind} needs {tuple(need)}" for name, have, need in wrong]
-        raise CheckpointError(
-            f"shapes in {str(path)!r} do not fit its config.json: {_listed(shapes)}: fetch both again"
-        )
+        raise CheckpointError(f"shapes in {str(path)!r} do not fit its config.json: {listed(shapes)}: fetch both again")
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
-            f"{str(path)!r} lacks {len(missing)} weights of {kind}: {_listed(missing)}: fetch the missing shards, or "
+            f"{str(path)!r} lacks {len(missing)} weights of {kind}: {listed(missing)}: fetch the missing shards, or "
             "pass the model_class that the checkpoint was saved from"
         )
 
@@ -228,20 +239,20 @@ def _compute_unfound(path: Path, module: Any) -> dict[str, torch.Tensor]:
         tries.append({name: value.detach() for name, value in made.items()})
     if chance := [name for name in names if not torch.equal(tries[0][name], tries[1][name])]:
         raise CheckpointError(
-            f"{str(path)!r} lacks {_listed(chance)}, which {type(module).__name__} would fill with random numbers: "
+            f"{str(path)!r} lacks {listed(chance)}, which {type(module).__name__} would fill with random numbers: "
             "pass the model_class that the checkpoint was saved from"
         )
     return tries[0]
 
 
-def _lift(module: nn.Module) -> tuple[dict[str, Placed], dict[str, torch.Tensor]]:
+def lift(module: nn.Module) -> tuple[dict[str, Placed], dict[str, torch.Tensor]]:
     """Take what is placed and what is computed out of the module, leaving it wholly on meta, ties kept."""
     found: dict[int, torch.Tensor] = {}  # by id of what stood there: one object stays one object
     kept = dict(module.named_parameters()) | dict(module.named_buffers())
     for owner in list(module.modules()):
         for key, tensor in list(owner._parameters.items()):
             if tensor is not None:
-                setattr(owner, key, found.setdefault(id(tensor), _ghost(tensor, tensor.requires_grad)))
+                setattr(owner, key, found.setdefault(id(tensor), ghost_of(tensor, tensor.requires_grad)))
         for key, buffer in list(owner._buffers.items()):
             if buffer is not None:
                 owner._buffers[key] = found.setdefault(id(buffer), torch.empty_like(buffer, device="meta"))
@@ -250,7 +261,8 @@ def _lift(module: nn.Module) -> tuple[dict[str, Placed], dict[str, torch.Tensor]
     return placed, ready
 
 
-def _ghost(tensor: torch.Tensor, requires_grad: bool) -> nn.Parameter:
+def ghost_of(tensor: torch.Tensor, requires_grad: bool) -> nn.Parameter:
+    """A parameter on meta like ``tensor``, which transformers takes for initialised."""
     ghost = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), requires_grad=requires_grad)
     ghost._is_hf_initialized = True  # type: ignore[attr-defined]  # else init_weights() would fill it with random numbers
     return ghost
@@ -261,7 +273,7 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module.get_submodule(path), key
 
 
-def _describe(module: Any, path: Path) -> None:
+def describe(module: Any, path: Path) -> None:
     """What from_pretrained sets when it is given the path: names, and how to generate."""
     module.config.name_or_path = str(path)
     for part in module.modules():
@@ -285,12 +297,13 @@ def _describe(module: Any, path: Path) -> None:
 
 def _notes(info: Mapping[str, Any], computed: Mapping[str, torch.Tensor]) -> Iterator[str]:
     if names := sorted(info["unexpected_keys"]):
-        yield f"{len(names)} tensors of the checkpoint are not used by the model: {_listed(names)}"
+        yield f"{len(names)} tensors of the checkpoint are not used by the model: {listed(names)}"
     if computed:
-        yield f"{len(computed)} weights are in no file, transformers computes them: {_listed(sorted(computed))}"
+        yield f"{len(computed)} weights are in no file, transformers computes them: {listed(sorted(computed))}"
 
 
-def _listed(names: list[str], most: int = 6) -> str:
+def listed(names: list[str], most: int = 6) -> str:
+    """The first of ``names``, and how many more there are."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 

@@ -13,6 +13,7 @@ from tierstore.errors import CheckpointError
 from tierstore.hf.gguf import import_gguf
 from tierstore.hf.model import read_config, trace
 from tierstore.hf.placement import Placed, materialise
+from tierstore.stores.packed import is_packed
 from tierstore.stores.safetensors import SafetensorsStore
 
 
@@ -53,6 +54,11 @@ def open_source(
     Arguments and errors are those of ``open_checkpoint``. The caller closes ``store``.
     """
     path = Path(path)
+    if is_packed(path):
+        raise CheckpointError(
+            f"{str(path)!r} is packed already, weights as they were trained are needed: give the checkpoint it was "
+            "packed from, or take the packed store as it is with tierstore.load"
+        )
     notes: list[str] = []
     written = 0
     if path.suffix.lower() == ".gguf":

@@ -1,0 +1,193 @@
+"""The assembly line of packing: the next tensor is read while one is packed and the one before is written."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from math import sqrt
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from tierstore.errors import ModuleError
+from tierstore.formats.format import Format, Parts, matrices_of
+from tierstore.formats.named import format_named
+from tierstore.formats.scratch import Scratch
+from tierstore.formats.tiles import tiles
+from tierstore.stores.manifest import KEEP, Manifest, PackedEntry
+from tierstore.stores.packed_writer import PackedWriter
+from tierstore.tensors import TensorSpec
+
+MOST_PACKERS = 4
+"""Tensors packed at the same time: with more, memory would grow with the number of processors."""
+
+Packer = Callable[[str, Format, Tensor], Parts]
+"""Packs a weight, which it is told the name of."""
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclass
+class Step:
+    """What one step of the line did: ``nbytes`` read, packed (counted as they were before), or written."""
+
+    nbytes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second of the step's own time."""
+        return self.nbytes / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far packing is, in bytes as they were before, and the tensor that was written last."""
+
+    done_nbytes: int
+    total_nbytes: int
+    tensor: str
+
+
+def assemble(
+    read: Callable[[str], Tensor],
+    writer: PackedWriter,
+    plan: Manifest,
+    packer: Packer,
+    device: torch.device,
+    progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Step]:
+    """Write the units that are left: ``read`` gives a tensor by name, ``packer`` its parts, on ``device``.
+
+    One tensor is being read, up to ``MOST_PACKERS`` packed and one written: as many are in memory. Gives what the steps
+    "read", "pack" and "write" did. Raises what any of them raises; units that are whole stay.
+    """
+    steps = {"read": Step(), "pack": Step(), "write": Step()}
+    left = writer.left
+    todo = [entry for number in left for entry in plan.units[number].tensors]
+    total = sum(map(nbytes_before, plan.tensors.values()))
+    done = total - sum(map(nbytes_before, todo))
+    scratch = Scratch()
+
+    def read_one(entry: PackedEntry) -> tuple[PackedEntry, Tensor]:
+        return entry, read(entry.name)
+
+    def pack_one(item: tuple[PackedEntry, Tensor]) -> tuple[Tensor | Parts, float | None]:
+        entry, tensor = item
+        return (tensor, None) if entry.format == KEEP else _packed(entry, tensor.to(device), packer, scratch)
+
+    with (
+        _workers("read", 1) as readers,
+        _workers("pack", _packers(device)) as presses,
+        closing(_ahead(readers, read_one, todo, steps["read"])) as tensors,
+        closing(_ahead(presses, pack_one, tensors, steps["pack"])) as packed,
+    ):
+        for number in left:
+            start, waited = time.perf_counter(), 0.0
+            with writer.unit(number) as unit:
+                for entry in plan.units[number].tensors:
+                    asked = time.perf_counter()
+                    data, wrong = next(packed)
+                    waited += time.perf_counter() - asked
+                    unit.add(entry.name, data, relative_error=wrong)
+                    del data
+                    steps["read"].nbytes += nbytes_before(entry)
+                    steps["pack"].nbytes += nbytes_before(entry) if entry.format != KEEP else 0
+                    done += nbytes_before(entry)
+                    if progress is not None:
+                        progress(Progress(done, total, entry.name))
+            steps["write"].seconds += time.perf_counter() - start - waited
+            steps["write"].nbytes += plan.units[number].nbytes
+    return steps
+
+
+def nbytes_before(entry: PackedEntry) -> int:
+    """Bytes of a tensor before it was packed."""
+    return TensorSpec(entry.name, entry.dtype, entry.shape).nbytes
+
+
+def relative_error(form: Format, parts: Parts, tensor: Tensor, scratch: Scratch) -> float:
+    """``||w' - w|| / ||w||`` over all values of ``tensor``, where w' is what ``parts`` unpack to; 0 where both are 0.
+
+    ``parts`` are on the tensor's device. A tile is unpacked at a time, in memory of ``scratch``.
+    """
+    front, n, k = matrices_of(tensor.shape)
+    wrong, whole = 0.0, 0.0
+    for number, matrix in enumerate(tensor.reshape(-1, n, k)):
+        own = {name: part.reshape(-1, *part.shape[len(front) :])[number] for name, part in parts.items()}
+        for first, values in tiles(form, own, n, k, torch.float32, scratch):
+            rows = matrix[first : first + len(values)].float()
+            whole += float(torch.linalg.vector_norm(rows)) ** 2
+            wrong += float(torch.linalg.vector_norm(rows - values)) ** 2
+    return sqrt(wrong / whole) if whole else 0.0
+
+
+def _packed(entry: PackedEntry, tensor: Tensor, packer: Packer, scratch: Scratch) -> tuple[Parts, float]:
+    form = format_named(entry.format)
+    with torch.no_grad():
+        try:
+            parts = packer(entry.name, form, tensor)
+        except ModuleError as error:
+            raise ModuleError(f"{entry.name} cannot be packed as {form.name}: {error}") from error
+        return parts, relative_error(form, parts, tensor, scratch)
+
+
+class _Workers(NamedTuple):
+    pool: ThreadPoolExecutor
+    number: int
+
+
+@contextmanager
+def _workers(what: str, number: int) -> Iterator[_Workers]:
+    """Threads whose operations share the processors that torch uses.
+
+    Packing is many small operations: side by side, several tensors take half the time of several processors that join
+    in each operation.
+    """
+    threads = torch.get_num_threads()
+    share = partial(torch.set_num_threads, max(threads // number, 1))
+    try:
+        with ThreadPoolExecutor(number, f"tierstore-{what}", share) as pool:
+            yield _Workers(pool, number)
+    finally:
+        torch.set_num_threads(threads)  # for threads that are still to come: a thread's own number is its own
+
+
+def _packers(device: torch.device) -> int:
+    return min(torch.get_num_threads(), MOST_PACKERS) if device.type == "cpu" else 1
+
+
+def _ahead(
+    workers: _Workers, function: Callable[[_Item], _Result], items: Iterable[_Item], step: Step
+) -> Generator[_Result, None, None]:
+    """``function`` of each item, in order; while one result is used, workers make more. ``step`` gets the time."""
+
+    def timed(item: _Item) -> tuple[_Result, float]:
+        start = time.perf_counter()
+        made = function(item)
+        return made, time.perf_counter() - start
+
+    def first() -> _Result:
+        made, seconds = waiting.popleft().result()
+        step.seconds += seconds / workers.number
+        return made
+
+    waiting: deque[Future[tuple[_Result, float]]] = deque()
+    try:
+        for item in items:
+            waiting.append(workers.pool.submit(timed, item))
+            del item
+            if len(waiting) > workers.number:
+                yield first()
+        while waiting:
+            yield first()
+    finally:
+        for future in waiting:
+            future.cancel()
