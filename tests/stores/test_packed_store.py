@@ -432,6 +432,18 @@ def test_closing_ends_checks_under_way(packed_once: Path, monkeypatch: pytest.Mo
                 fence.wait()
 
 
+def test_a_dropped_store_ends_its_threads_and_closes_its_files(packed_once: Path) -> None:
+    threads, descriptors = set(threading.enumerate()), open_descriptors()
+    store = PackedStore(packed_once)
+    read_tensor(store, "count")
+    mine = set(threading.enumerate()) - threads
+    del store
+    for thread in mine:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert open_descriptors() == descriptors
+
+
 @settings(deadline=None, max_examples=200)
 @given(seed=st.integers(0, 1 << 32))
 def test_windows_agree_with_plain_sums(seed: int) -> None:

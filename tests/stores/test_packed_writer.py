@@ -282,8 +282,11 @@ def test_a_folder_that_may_not_be_written() -> None:
         PackedWriter("/proc/self/OUT", PLAN_OF_SAMPLE)
 
 
+@pytest.mark.parametrize("begun", [True, False])
 @pytest.mark.parametrize("name", ["store", "store/weights.zarr"])
-def test_links_in_the_unfinished_folder_are_not_followed(half: Path, tmp_path: Path, name: str) -> None:
+def test_links_in_the_unfinished_folder_are_not_followed(half: Path, tmp_path: Path, name: str, begun: bool) -> None:
+    if not begun:
+        (half.with_name("OUT.part") / PLAN).unlink()
     place = half.with_name("OUT.part") / name
     place.rename(tmp_path / "precious")
     place.symlink_to(tmp_path / "precious")

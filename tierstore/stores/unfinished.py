@@ -11,12 +11,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from tierstore.errors import StoreBusyError, StoreError, StoreFormatError, StoreFullError, StoreMismatchError
+from tierstore.errors import StoreBusyError, StoreError, StoreFullError, StoreMismatchError
 from tierstore.stores.durable import sync
 from tierstore.stores.folders import LOCK, FolderLock
 from tierstore.stores.manifest import Manifest, PackedUnit, parse_manifest, text_crc32c, unit_name
@@ -47,6 +48,8 @@ class Unfinished:
             if self.begun:
                 self._check_plan(plan)
             for folder in (self.store, self.group):
+                if folder.is_symlink():
+                    raise StoreMismatchError(f"{str(folder)!r} is a link: nothing was touched: delete the link")
                 folder.mkdir(exist_ok=True)
             self.replace(self.path / PLAN, plan.document().encode())
             sync([self.group, self.store, self.path, self.path.parent])
@@ -104,12 +107,9 @@ class Unfinished:
             self.path.rmdir()
 
     def _check_plan(self, plan: Manifest) -> None:
-        for folder in (self.store, self.group):
-            if folder.is_symlink():
-                raise StoreMismatchError(f"{str(folder)!r} is a link, a folder is needed: delete {str(self.path)!r}")
         try:
             found = parse_manifest(read_file(self.path / PLAN), repr(str(self.path / PLAN)))
-        except (StoreFormatError, StoreError) as error:
+        except StoreError as error:
             raise StoreMismatchError(f"{error}: delete {str(self.path)!r} to begin anew") from error
         if why := difference(found, plan):
             raise StoreMismatchError(
@@ -168,11 +168,12 @@ def faults(what: str) -> Iterator[None]:
 
 def _refuse_other(part: Path) -> None:
     """``StoreMismatchError`` when ``part`` is not ours to write in."""
-    if not os.path.lexists(part):
+    try:
+        folder = stat.S_ISDIR(os.lstat(part).st_mode)
+        names = set(os.listdir(part)) if folder else set()
+    except FileNotFoundError:
         return
-    names = set() if part.is_symlink() or not part.is_dir() else set(os.listdir(part))
-    ours = PLAN in names or names <= {LOCK, _NEW, "store"}
-    if part.is_symlink() or not part.is_dir() or not ours:
+    if not folder or (PLAN not in names and not names <= {LOCK, _NEW, "store"}):
         raise StoreMismatchError(
             f"{str(part)!r} holds no packing of ours, and that name is needed while packing: nothing was touched: move "
             "it away, or give another folder"
