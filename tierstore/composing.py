@@ -65,7 +65,7 @@ def cut_module(root: nn.Module, held: Sequence[Held], nbytes: Mapping[str, int],
     return Cut(
         tuple(groups),
         _order_of(root, groups, owners, looked_up),
-        _least_nbytes(owners, nbytes),
+        _least_nbytes(owners, nbytes, [item for item in held if item.entry.part_of]),
         _step_nbytes(root, groups, owners, nbytes),
     )
 
@@ -160,14 +160,19 @@ def _order_of(
     return tuple(name for module in root.modules() for name in uses.get(module, ()))
 
 
-def _least_nbytes(owners: Mapping[str, Mapping[nn.Module, None]], nbytes: Mapping[str, int]) -> int:
-    """What some operation surely needs at once: a tensor, or the weight and bias of one product."""
+def _least_nbytes(
+    owners: Mapping[str, Mapping[nn.Module, None]], nbytes: Mapping[str, int], parts: Sequence[Held]
+) -> int:
+    """What some operation surely needs at once: a tensor with all its parts, or the weight and bias of one product."""
+    whole: dict[str, int] = {}
+    for part in parts:
+        whole[part.entry.part_of] = whole.get(part.entry.part_of, 0) + nbytes[part.block]
     held: dict[nn.Module, int] = {}
     for block, holders in owners.items():
         for module in holders:
             if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
                 held[module] = held.get(module, 0) + nbytes[block]
-    return max([*nbytes.values(), *held.values()], default=0)
+    return max([*nbytes.values(), *held.values(), *whole.values()], default=0)
 
 
 def _step_nbytes(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from tierstore.binding.binder import Binder, Held, metas_of
 from tierstore.binding.grouping import Group
 from tierstore.binding.inventory import Entry, Span, find_entries, find_spans
 from tierstore.binding.loans import Loans
+from tierstore.binding.packing import PackedWeights
 from tierstore.binding.relocation import Relocated
 from tierstore.budget import Budget, Tier, format_nbytes
 from tierstore.composing import TYPICAL_LINKS, align_of, cut_module, plan_units
@@ -28,9 +29,10 @@ from tierstore.plan import Plan, build_plan
 from tierstore.report.tally import Tally
 from tierstore.runtime import Runtime
 from tierstore.session import Engaged, Session
+from tierstore.spilling import host_bytes, read_whole, write_spill
 from tierstore.stores.memory import MemoryStore
 from tierstore.stores.zarr import SpillStore
-from tierstore.tensors import Block, TensorSpec, Unit
+from tierstore.tensors import Block, Unit
 
 BUFFER_SHARE = 8
 """Buffers stay in memory while all of them take at most this part (one eighth) of hbm."""
@@ -40,6 +42,8 @@ def offload(
     module: nn.Module,
     budget: Budget,
     *,
+    format: str | None = None,
+    formats: Mapping[str, str] | None = None,
     store: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
     backend: Backend | None = None,
@@ -50,9 +54,17 @@ def offload(
     there. ``device`` computes (default: the current CUDA device, else the CPU). ``backend`` replaces
     what is made for the device, for tests. The module itself is changed, and restored by ``close()``.
 
+    With ``format`` ("int8", "int4", "fp8", ...) its weights are packed first, in memory, and everything is
+    about the packed bytes; the numbers are then those of a module with the values that the format kept.
+    ``formats`` chooses by name: patterns, such as ``{"lm_head*": "bf16", "*experts*": "int4"}``, come before
+    ``format``, and "keep" leaves a tensor as it is. Each may be given alone. Packed weights cannot be written
+    to or trained. ``close()`` brings their former values back if ``store`` is given, which then has them until
+    that; else it leaves the same parameters with the kept values, of which ``report()`` has a note. Packing
+    needs memory for both.
+
     Raises ``PlanError`` with the smallest budget that would do, ``BudgetError``, ``ModuleError`` for
-    tensors without values, and ``StoreError`` for a store that cannot be used; the module is then
-    untouched.
+    tensors without values and formats that cannot be, and ``StoreError`` for a store that cannot be used;
+    the module is then untouched.
     """
     if not isinstance(module, nn.Module):
         raise ModuleError(f"offload takes a torch.nn.Module, got {type(module).__name__}")
@@ -60,7 +72,17 @@ def offload(
         raise BudgetError(f"offload takes a Budget, got {type(budget).__name__}: write Budget(hbm='4GiB', ...)")
     chosen = backend or backend_for(device)
     check_budget(budget, inspect_machine(), chosen.device)
-    return _Offloading(module, budget, None if store is None else Path(store), chosen).session()
+    root = None if store is None else Path(store)
+    if format is None and formats is None:
+        return _Offloading(module, budget, root, chosen).session()
+    packed = PackedWeights(module, format, formats or {}, chosen.device, kept=root is not None)
+    with ExitStack() as undo:
+        undo.callback(packed.take_out, None)
+        packed.put_in()
+        session = _Offloading(module, budget, root, chosen, packed).session()
+        undo.pop_all()
+    packed.forget()
+    return session
 
 
 @dataclass(frozen=True)
@@ -79,11 +101,19 @@ class _Prepared:
 class _Offloading:
     """The steps of ``offload``; the module is first changed by ``_engage``, when all else has succeeded."""
 
-    def __init__(self, module: nn.Module, budget: Budget, root: Path | None, backend: Backend) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        budget: Budget,
+        root: Path | None,
+        backend: Backend,
+        packed: PackedWeights | None = None,
+    ) -> None:
         self._module = module
         self._budget = budget
         self._root = root
         self._backend = backend
+        self._packed = packed
         self._unified = backend.engine.unified
         self._tally = Tally()
         self._entries = find_entries(module)
@@ -91,7 +121,8 @@ class _Offloading:
 
     def session(self) -> Session:
         staying = [entry for entry in self._entries if entry.stays]
-        notes = [f"{e.name} stays in memory: {e.stays}" for e in staying if e.tensor.numel()]
+        notes = [] if self._packed is None else self._packed.notes()
+        notes += [f"{e.name} stays in memory: {e.stays}" for e in staying if e.tensor.numel()]
         moving = self._choose_moving()
         chosen = {id(span) for span in moving}
         fixed = sum(map(_nbytes, staying)) + sum(s.nbytes for s in self._spans if id(s) not in chosen)
@@ -138,7 +169,7 @@ class _Offloading:
 
     def _choose_moving(self) -> list[Span]:
         """All spans, but not those of buffers only, while these are small: they may be written at any time."""
-        buffers = [s for s in self._spans if not any(isinstance(e.tensor, nn.Parameter) for e in s.entries)]
+        buffers = [s for s in self._spans if not any(_is_weight(entry) for entry in s.entries)]
         room = self._budget.hbm // BUFFER_SHARE
         small: set[int] = set()
         for span in sorted(buffers, key=lambda s: s.nbytes):
@@ -162,16 +193,12 @@ class _Offloading:
         """Where each unit that must move rests. With unified memory, what stays is not touched at all."""
         spilled = [u for u in units if plan.tier[u.name] is Tier.NVME]
         in_memory = [] if self._unified else [u for u in units if plan.tier[u.name] is not Tier.NVME]
-        spill: SpillStore | None = None
+        spill = self._spill(spilled, spans, undo)
         stores: dict[str, Store] = {}
         placed: list[Unit] = []
-        if spilled:
-            spill = self._spill(spilled, spans)
-            undo.callback(spill.remove)
-            undo.callback(spill.close)
         memory: MemoryStore | None = None
         if in_memory:
-            memory = MemoryStore({b.name: _host_bytes(spans[b.name]) for u in in_memory for b in u.blocks})
+            memory = MemoryStore({b.name: host_bytes(spans[b.name]) for u in in_memory for b in u.blocks})
             undo.callback(memory.close)
         for unit in units:
             store = spill if unit in spilled else memory
@@ -181,22 +208,27 @@ class _Offloading:
                 stores[unit.name] = store
         return placed, stores, spill
 
-    def _spill(self, units: Sequence[Unit], spans: dict[str, Span]) -> SpillStore:
-        need = sum(unit.nbytes for unit in units)
+    def _spill(self, units: Sequence[Unit], spans: Mapping[str, Span], undo: ExitStack) -> SpillStore | None:
+        """On disk: the units that stream from there, and what was packed; None for nothing."""
         if self._root is None:
-            have = f"hbm {format_nbytes(self._budget.hbm)} and ram {format_nbytes(self._budget.ram)}"
-            raise PlanError(
-                f"{format_nbytes(need)} of the module's weights fit neither in {have}: raise Budget.ram by that much, "
-                f"or pass store= with a directory that they may be streamed from",
-                needed=self._budget.hbm + need,
-            )
-        tensors = (
-            (TensorSpec(b.name, "uint8", (b.nbytes,)), partial(_host_bytes, spans[b.name]))  # one at a time in RAM
-            for unit in units
-            for b in unit.blocks
-        )
-        return SpillStore.create(
-            self._root, tensors, fingerprint=_fingerprint(self._entries), limit_nbytes=self._budget.nvme
+            if units:
+                self._refuse_spilling(sum(unit.nbytes for unit in units))
+            return None
+        blocks = [spans[block.name] for unit in units for block in unit.blocks]
+        originals = [] if self._packed is None else list(self._packed.originals())
+        if not blocks and not originals:
+            return None
+        spill = write_spill(self._root, self._entries, blocks, originals, limit_nbytes=self._budget.nvme)
+        undo.callback(spill.remove)
+        undo.callback(spill.close)
+        return spill
+
+    def _refuse_spilling(self, need: int) -> NoReturn:
+        have = f"hbm {format_nbytes(self._budget.hbm)} and ram {format_nbytes(self._budget.ram)}"
+        raise PlanError(
+            f"{format_nbytes(need)} of the module's weights fit neither in {have}: raise Budget.ram by that much, "
+            f"or pass store= with a directory that they may be streamed from",
+            needed=self._budget.hbm + need,
         )
 
     def _engage(self, runtime: Runtime, prepared: _Prepared, spill: SpillStore | None) -> Session:
@@ -214,14 +246,14 @@ class _Offloading:
         in_place = plan.resident_nbytes if self._unified else {}
 
         def finish() -> None:
-            try:
-                binder.unbind(_restorer(runtime))
-            finally:
-                moved.undo()
-                loans.close()
-                runtime.close()
+            with ExitStack() as last:  # all of it, whatever fails, from the bottom to the top
                 if spill is not None:
-                    spill.remove()
+                    last.callback(spill.remove)
+                last.callback(runtime.close)
+                last.callback(loans.close)
+                last.callback(self._take_out, spill)
+                last.callback(moved.undo)
+                binder.unbind(_restorer(runtime))
 
         return Session(
             self._module,
@@ -239,16 +271,36 @@ class _Offloading:
         units = [Unit(span.name, (_planned_block(span),)) for span in self._spans]
         hbm = min(total, self._budget.hbm)
         plan = build_plan(units, (), self._budget, links=TYPICAL_LINKS, unified=True)
-        return Session(
-            self._module,
-            plan,
-            tally=self._tally,
-            engaged=None,
-            fixed_nbytes={"hbm": hbm, "ram": total - hbm},
-            written_nbytes=lambda: 0,
-            finish=lambda: None,
-            notes=notes,
-        )
+        with ExitStack() as undo:
+            spill = self._spill([], {}, undo)
+
+            def finish() -> None:
+                try:
+                    self._take_out(spill)
+                finally:
+                    if spill is not None:
+                        spill.remove()
+
+            session = Session(
+                self._module,
+                plan,
+                tally=self._tally,
+                engaged=None,
+                fixed_nbytes={"hbm": hbm, "ram": total - hbm},
+                written_nbytes=lambda: spill.peak_nbytes if spill is not None else 0,
+                finish=finish,
+                notes=notes,
+            )
+            undo.pop_all()
+        return session
+
+    def _take_out(self, spill: SpillStore | None) -> None:
+        if self._packed is not None:
+            self._packed.take_out(None if spill is None else partial(read_whole, spill))
+
+
+def _is_weight(entry: Entry) -> bool:
+    return isinstance(entry.tensor, nn.Parameter) or bool(entry.part_of)
 
 
 def _restorer(runtime: Runtime) -> Callable[[Held], Tensor]:
@@ -267,10 +319,6 @@ def _restorer(runtime: Runtime) -> Callable[[Held], Tensor]:
     return restore
 
 
-def _host_bytes(span: Span) -> Tensor:
-    return span.read().cpu()
-
-
 def _planned_block(span: Span) -> Block:
     return Block(span.name, span.nbytes, align_of([entry.tensor for entry in span.entries]), ())
 
@@ -280,11 +328,3 @@ def _nbytes(entry: Entry) -> int:
         return entry.tensor.untyped_storage().nbytes()
     except (RuntimeError, NotImplementedError):
         return entry.tensor.numel() * entry.tensor.element_size()
-
-
-def _fingerprint(entries: Sequence[Entry]) -> str:
-    """Which model this is: names, dtypes and shapes."""
-    digest = hashlib.sha256()
-    for entry in entries:
-        digest.update(f"{entry.name} {entry.tensor.dtype} {tuple(entry.tensor.shape)}\n".encode())
-    return digest.hexdigest()

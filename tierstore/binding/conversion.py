@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tierstore.binding.views import Ghost
 from tierstore.errors import ModuleError
+from tierstore.formats.packed_views import Packed
 
 
 class Conversions:
@@ -41,14 +42,18 @@ class _Checked:
 
     def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         module = self._module
-        for name, tensor in (*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)):
+        tensors = [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
+        packed = any(isinstance(tensor, Packed) for _, tensor in tensors)
+        for name, tensor in tensors:
             with torch.no_grad():
-                changes = isinstance(tensor, Ghost) and fn(tensor) is not tensor
+                changes = (packed or isinstance(tensor, Ghost)) and fn(tensor) is not tensor
             if changes:
                 raise ModuleError(
-                    f"{name} is offloaded and cannot be converted, moved or emptied now: close the session, convert "
-                    f"the module, and offload it again"
+                    f"{name} is offloaded or beside packed weights and cannot be converted, moved or emptied now: "
+                    f"close the session, convert the module, and offload it again"
                 )
+        if packed:  # torch would give each of them another __dict__
+            return module
         converted: nn.Module = cast(Any, type(module))._apply(module, fn, recurse)
         return converted
 

@@ -36,6 +36,8 @@ class Entry:
     locations: list[Location] = field(default_factory=list)
     stays: str = ""
     """Why the tensor cannot leave memory; empty when it can."""
+    part_of: str = ""
+    """The name of the wrapper subclass that the tensor is a part of; empty when it stands for itself."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata) if plain else 0
 
 
-def _add(entries: dict[int, Entry], name: str, tensor: Tensor, location: Location, reason: str) -> None:
+def _add(
+    entries: dict[int, Entry], name: str, tensor: Tensor, location: Location, reason: str, part_of: str = ""
+) -> None:
     if _is_wrapper(tensor):
         inner_names, _ = cast(Any, tensor).__tensor_flatten__()
         for inner in inner_names:
@@ -114,11 +118,11 @@ def _add(entries: dict[int, Entry], name: str, tensor: Tensor, location: Locatio
         if not reason:
             for inner in inner_names:
                 held = Location(tensor.__dict__, inner, location.owner)
-                _add(entries, f"{name}.{inner}", tensor.__dict__[inner], held, reason)
+                _add(entries, f"{name}.{inner}", tensor.__dict__[inner], held, reason, part_of or name)
             return
     entry = entries.get(id(tensor))
     if entry is None:
-        entry = entries[id(tensor)] = Entry(name, tensor, stays=reason or _why_it_stays(name, tensor))
+        entry = entries[id(tensor)] = Entry(name, tensor, stays=reason or _why_it_stays(name, tensor), part_of=part_of)
     entry.locations.append(location)
 
 
