@@ -146,7 +146,8 @@ class Session:
     def close(self) -> None:
         """End every transfer and thread and leave the module as it was found. Idempotent.
 
-        A module from ``load`` keeps its shapes; using its weights raises ``SessionClosedError``.
+        Weights that ``offload`` packed are plain again: with the values they had, or without ``store=`` with those that
+        their format kept. A module from ``load`` keeps its shapes; using its weights raises ``SessionClosedError``.
         """
         with Uninterrupted():
             self._close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.zoo.runner import shape_of
 from tierstore import Budget, Session, offload
@@ -168,6 +170,19 @@ def same_weights(module: nn.Sequential, other: nn.Sequential) -> bool:
     return all(torch.equal(a.weight, b.weight) for a, b in zip(module, other, strict=True))
 
 
+def test_memory_is_freed_on_both_ways(store: Path) -> None:
+    for hbm, where in ((1 << 30, None), (1 << 30, store), (40_000, store)):
+        module = layers()
+        plain = StorageWeakRef(module[1].weight.untyped_storage())
+        session = offload(module, Budget(hbm), format="int8", store=where, device="cpu")
+        assert plain.expired()
+        module(torch.randn(1, SIZE))
+        parts = [weakref.ref(part) for part in module[1].weight.parts.values()]
+        session.close()
+        assert [part() for part in parts] == [None, None, None, None]
+        assert session.report().passes == (hbm == 40_000)
+
+
 # ---- who else holds them
 
 
@@ -262,6 +277,8 @@ def test_formats_by_pattern(store: Path) -> None:
         ({"formats": {"0.weight": "q4"}}, "q4.*int4"),
         ({"format": "int4", "formats": {"5.weight": "int8"}}, "5.weight"),
         ({"formats": {"0.bias": "int8"}}, "0.bias"),
+        ({"formats": ["int8"]}, "mapping"),
+        ({"format": 8}, "int4"),
     ],
 )
 def test_a_choice_that_cannot_be(how: dict[str, Any], says: str, store: Path) -> None:
@@ -441,6 +458,23 @@ def test_a_copy_is_independent_and_packed(store: Path) -> None:
     assert same(fresh, values_of(plain))
     twin[1].weight = nn.Parameter(torch.eye(SIZE))
     assert close(module(x), layers()(x))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("share", [0.5, 100])
+def test_on_a_gpu(share: float, store: Path) -> None:
+    module, values, plain = layers().bfloat16(), values_of(layers().bfloat16()), kept(layers().bfloat16(), "int4")
+    plain.to("cuda")
+    x = torch.randn(3, SIZE, dtype=torch.bfloat16, device="cuda")
+    budget = Budget(max(int(whole_nbytes("int4") * share), 20_000))
+    with offload(module, budget, format="int4", store=store, device="cuda"):
+        assert module[0].weight.is_cuda
+        for _ in range(3):
+            with torch.no_grad():
+                error = (module(x) - plain(x)).abs().max()
+                assert error <= 4e-2 * plain(x).abs().max()
+    assert same(module, values)
+    assert module[0].weight.device.type == "cpu"
 
 
 def test_nothing_is_left_open(store: Path) -> None:

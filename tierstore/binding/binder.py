@@ -101,6 +101,7 @@ class Binder:
                 become_real(item.entry.tensor, memory)
             except Exception as error:  # the other tensors come back all the same
                 failed = failed or error
+        self._held.clear()  # the parts of what is unpacked next are needed no more
         if failed is not None:
             raise failed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -128,16 +129,11 @@ class PackedWeights:
         with Uninterrupted():
             self._inside = False
             for weight in self._weights:
-                original = weight.other
-                if not isinstance(weight.parameter, PackedTensor):
-                    continue
-                if original is None:
-                    try:
-                        original = _restored(weight, None if stored is None else stored(weight.name))
-                    except Exception as error:  # the other tensors come back all the same
-                        failed = failed or error
-                        original = _restored(weight, None)
-                _become_plain(weight.parameter, original)
+                if isinstance(weight.parameter, PackedTensor):
+                    original, error = _original(weight, stored)
+                    failed = failed or error  # the other tensors come back all the same
+                    if original is not None:
+                        _become_plain(weight.parameter, original)
                 weight.other = None
         if failed is not None:
             raise failed
@@ -215,6 +211,18 @@ def _pack(entry: Entry, format: str, scratch: Scratch, device: torch.device) -> 
 def _bytes_of(weight: _Weight) -> Tensor:
     assert weight.other is not None
     return weight.other.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+
+
+def _original(weight: _Weight, stored: Callable[[str], Tensor] | None) -> tuple[nn.Parameter | None, Exception | None]:
+    """What the parameter was, or has to make do with, and why."""
+    if weight.other is not None:
+        return weight.other, None
+    try:
+        return _restored(weight, None if stored is None else stored(weight.name)), None
+    except Exception as error:
+        with suppress(Exception):  # the first one tells more
+            return _restored(weight, None), error
+        return None, error
 
 
 def _restored(weight: _Weight, data: Tensor | None) -> nn.Parameter:
