@@ -1,0 +1,365 @@
+"""The kernels against float64 products: interpreted on any machine, compiled for several cards, and run on one.
+
+Codes of every format are exact in bfloat16 and float16, and sums are float32. So what a product may be off by is what
+adding in float32 costs, and its own rounding: much less than if weights were rounded on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Generator, Tensor
+
+from tests.edges.interpreter import Interpreter
+from tierstore.kernels.blocks import Blocks, blocks_of_rows, blocks_of_tiles
+
+triton = pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
+
+Matmul = Callable[..., Tensor]
+Parts = tuple[Tensor, ...]
+NARROW, HALF, WIDE = torch.bfloat16, torch.float16, torch.float32
+
+
+def up(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def whole(generator: Generator, least: int, most: int, *shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Random numbers from ``least`` to ``most``."""
+    return torch.randint(least, most + 1, shape, generator=generator, device=generator.device, dtype=dtype)
+
+
+def normal(generator: Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
+def int4(group: int) -> Callable[[int, int, Generator], Parts]:
+    def parts(n: int, k: int, generator: Generator) -> Parts:
+        codes = whole(generator, 0, 255, up(n, 64) // 64, up(k, group) * 32)
+        return codes, normal(generator, up(k, group) // group, up(n, 64), 2).bfloat16()
+
+    return parts
+
+
+def int8(n: int, k: int, generator: Generator) -> Parts:
+    tiles, width = up(n, 64) // 64, up(k, 64)
+    high, low = (whole(generator, 0, 255, tiles, width * 32) for _ in range(2))
+    return high, low, whole(generator, 0, 255, tiles, width * 2), normal(generator, up(n, 64), 1).abs() / 1000
+
+
+def int8_row(n: int, k: int, generator: Generator) -> Parts:
+    return whole(generator, -128, 127, n, k, dtype=torch.int8), normal(generator, n, 1).bfloat16()
+
+
+def e4m3(generator: Generator, *shape: int) -> Tensor:
+    """All codes but those that are not a number."""
+    return (whole(generator, 0, 126, *shape) + 128 * whole(generator, 0, 1, *shape)).view(torch.float8_e4m3fn)
+
+
+def fp8(n: int, k: int, generator: Generator) -> Parts:
+    return e4m3(generator, n, k), normal(generator, n, 1)
+
+
+def fp4(n: int, k: int, generator: Generator) -> Parts:
+    groups = up(k, 16) // 16
+    return whole(generator, 0, 255, n, groups * 8), e4m3(generator, n, groups), normal(generator, 1, 1)
+
+
+def mxfp4(n: int, k: int, generator: Generator) -> Parts:
+    """With scales that float16 has room for."""
+    groups = up(k, 32) // 32
+    return whole(generator, 0, 255, n, groups * 16), whole(generator, 116, 134, n, groups).view(torch.float8_e8m0fnu)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A format: where its kernels are, how its parts are made, and what else ``matmul`` and ``unpack`` are told. If its
+    weights are in tiles, columns have scales in common ``span`` by ``span``."""
+
+    operation: str
+    parts: Callable[[int, int, Generator], Parts]
+    more: tuple[int, ...] = ()
+    span: int = 0
+
+    def unpack(self, parts: Parts, n: int, k: int) -> Tensor:
+        reference = import_module(f"tierstore.kernels.{self.operation}.reference")
+        return cast(Tensor, reference.unpack(*parts, n, k, *self.more))
+
+    def blocks(self, m: int, n: int, k: int, *, exact: bool = False) -> Blocks:
+        return blocks_of_tiles(m, n, k, self.span, exact=exact) if self.span else blocks_of_rows(m, n, k, exact=exact)
+
+
+CASES = {
+    "int4-g32": Case("int4_matmul", int4(32), (32,), 32),
+    "int4": Case("int4_matmul", int4(64), (64,), 64),
+    "int4-g128": Case("int4_matmul", int4(128), (128,), 64),
+    "int8": Case("int8_matmul", int8, (), 64),
+    "int8-row": Case("int8_row_matmul", int8_row),
+    "fp8": Case("fp8_matmul", fp8),
+    "fp4": Case("fp4_matmul", fp4),
+    "mxfp4": Case("mxfp4_matmul", mxfp4),
+}
+
+SHAPES = [
+    (0, 65, 64, NARROW),
+    (5, 0, 64, HALF),
+    (2, 63, 0, WIDE),
+    (1, 1, 1, WIDE),
+    (1, 65, 200, NARROW),
+    (1, 128, 31, HALF),
+    (2, 64, 65, HALF),
+    (5, 200, 64, NARROW),
+    (16, 63, 200, WIDE),
+    (17, 200, 31, NARROW),
+    (64, 1, 65, NARROW),
+    (70, 130, 200, HALF),
+    (70, 66, 64, WIDE),
+    (1, 63, 2100, NARROW),  # the columns of this one and the next are split
+    (3, 65, 520, HALF),
+]
+"""Rows of the input, rows of the weights, columns, and the input's dtype."""
+
+ON_THE_CARD = [
+    *[shape for shape in SHAPES if 0 in shape[:3]],
+    (1, 65, 2100, HALF),
+    (17, 65, 200, HALF),
+    (5, 64, 512, WIDE),
+    (1, 4096, 4096, NARROW),
+    (16, 4096, 4096, NARROW),
+    (300, 4096, 4096, NARROW),
+    (1, 8192, 28672, NARROW),
+    (100, 8192, 28672, NARROW),
+]
+"""Few kinds of sizes, since one kernel is compiled for each of them: those that 16 divides, and others."""
+
+
+def check(matmul: Matmul, name: str, m: int, n: int, k: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    """That the product of random numbers is right."""
+    case, generator = CASES[name], Generator(device).manual_seed(m + n + k)
+    parts = case.parts(n, k, generator)
+    x = normal(generator, m, k).to(dtype)
+    compare(matmul(case.operation, x, *parts, n, *case.more), x, case.unpack(parts, n, k))
+
+
+def compare(product: Tensor, x: Tensor, weights: Tensor) -> None:
+    """With the product in float64, up to its rounding and that of float32 sums."""
+    assert product.dtype == x.dtype
+    exact = x.double() @ weights.double().T
+    assert product.shape == exact.shape
+    if not x.numel() or not weights.numel():
+        assert not product.any()
+        return
+    rounding = exact.abs() * torch.finfo(x.dtype).eps / 2
+    adding = x.double().abs().sum(1, keepdim=True) * weights.abs().amax(1)
+    wrong = (product.double() - exact).abs() > 1.001 * rounding + 2.0**-20 * adding
+    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} are wrong, first at {wrong.nonzero()[0].tolist()}"
+
+
+def check_codes(matmul: Matmul, m: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    """That each code of a small float is exactly the number that torch says it is, or none where it is none.
+
+    On a GPU what is less than the least normal float32 may be taken for 0.
+    """
+
+    def same(product: Tensor, column: Tensor) -> None:
+        expected = column.float().to(dtype).T.expand(product.shape)
+        assert torch.equal(product.isnan(), expected.isnan())
+        least = 0.0 if device == "cpu" else torch.finfo(WIDE).tiny
+        kept = expected.abs() >= least
+        assert torch.equal(product[kept], expected[kept])
+        assert bool((product[~kept & ~expected.isnan()].abs() < least).all())
+
+    every = torch.arange(256, dtype=torch.uint8, device=device)[:, None]
+    e4m3_codes, e8m0_codes = every.view(torch.float8_e4m3fn), every.view(torch.float8_e8m0fnu)
+    first, ones = torch.ones(m, 1, dtype=dtype, device=device), torch.ones(256, 1, device=device)
+    same(matmul("fp8_matmul", first, e4m3_codes, ones, 256), e4m3_codes)
+    first = torch.nn.functional.pad(first, (0, 31))
+    same(matmul("mxfp4_matmul", first, torch.full_like(every, 2).repeat(1, 16), e8m0_codes, 256), e8m0_codes)
+    parts = every[:16].repeat(1, 16), torch.full_like(every[:16], 127).view(torch.float8_e8m0fnu)
+    same(matmul("mxfp4_matmul", first, *parts, 16), CASES["mxfp4"].unpack(parts, 16, 1))
+
+
+def check_rows_apart(matmul: Matmul, name: str, device: str = "cpu") -> None:
+    """That ``x`` may be a part of a wider tensor, or lie the other way round, and that it is left as it was."""
+    case, generator = CASES[name], Generator(device).manual_seed(0)
+    parts = case.parts(65, 70, generator)
+    for x in (normal(generator, 3, 200)[:, 7:77], normal(generator, 70, 3).T):
+        assert not x.is_contiguous()
+        before = x.clone()
+        product = matmul(case.operation, x, *parts, 65, *case.more)
+        assert torch.equal(x, before)
+        compare(product, x, case.unpack(parts, 65, 70))
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Matmul]:
+    interpreter = Interpreter()
+    yield interpreter.matmul
+    interpreter.close()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("m", "n", "k", "dtype"), SHAPES)
+def test_product(interpreted: Matmul, name: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    check(interpreted, name, m, n, k, dtype)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    name=st.sampled_from([*CASES]),
+    m=st.integers(1, 20),
+    n=st.integers(1, 150),
+    k=st.integers(1, 300),
+    dtype=st.sampled_from([NARROW, HALF, WIDE]),
+)
+def test_product_of_any_shape(interpreted: Matmul, name: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    check(interpreted, name, m, n, k, dtype)
+
+
+@pytest.mark.parametrize(("m", "dtype"), [(1, WIDE), (2, WIDE), (2, NARROW)])
+def test_every_code_is_what_it_means(interpreted: Matmul, m: int, dtype: torch.dtype) -> None:
+    check_codes(interpreted, m, dtype)
+
+
+@pytest.mark.parametrize("name", ["int4", "fp4"])
+def test_rows_of_the_input_may_be_apart(interpreted: Matmul, name: str) -> None:
+    check_rows_apart(interpreted, name)
+
+
+def test_other_dtypes_are_multiplied_as_float32(interpreted: Matmul) -> None:
+    case, generator = CASES["int8-row"], Generator().manual_seed(0)
+    parts, x = case.parts(5, 40, generator), normal(generator, 2, 40)
+    product = interpreted(case.operation, x.double(), *parts, 5)
+    assert torch.equal(product, interpreted(case.operation, x, *parts, 5).double())
+
+
+@given(m=st.integers(1, 5000), n=st.integers(1, 300_000), k=st.integers(1, 60_000), exact=st.booleans())
+def test_blocks_have_every_column_once_and_are_few(m: int, n: int, k: int, exact: bool) -> None:
+    for case in (CASES["int4-g32"], CASES["int8"], CASES["fp4"]):
+        blocks = case.blocks(m, n, k, exact=exact)
+        assert blocks.k % (case.span or 32) == blocks.width % blocks.k == 0
+        assert (blocks.splits - 1) * blocks.width < k <= blocks.splits * blocks.width
+        if blocks.splits > 1:
+            assert blocks.splits * blocks.programs(m, n) <= 1024
+            assert blocks.width >= max(256, 2 * blocks.k)
+        assert blocks.n % 64 == 0 or not case.span
+        assert m == 1 or min(blocks.m, blocks.n, blocks.k) >= 16  # what tl.dot asks for
+
+
+class Card:
+    """Stands for Triton's driver where there is no card: kernels are compiled for one, and never launched."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 1000 + cast(int, self.target.arch)  # so that no real card is ever given one of these kernels
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+COMPILED = [("int4-g32", 16, NARROW, (128, 256), 80), ("fp4", 16, WIDE, (128, 256), 80)]
+COMPILED += [(name, m, HALF, (1, 1), 80) for name in ("int8", "fp4") for m in (1, 2)]
+COMPILED += [
+    (name, m, NARROW, (128, 256), capability)
+    for name in ("int4", "int8", "int8-row", "fp8", "fp4", "mxfp4")
+    for m, capability in ((1, 80), (16, 90), (256, 86))
+]
+
+
+@pytest.mark.parametrize(("name", "m", "dtype", "weights", "capability"), COMPILED)
+def test_every_card_has_room(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    m: int,
+    dtype: torch.dtype,
+    weights: tuple[int, int],
+    capability: int,
+) -> None:
+    """The whole compiler takes it, also with the sizes that it makes constants (1), and with those that 16 divides."""
+    made: list[Any] = []
+
+    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **more: Any) -> None:
+        made.append(run(kernel, *arguments, grid=grid, warmup=True, **more))
+
+    run = triton.runtime.jit.JITFunction.run
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", compile_only)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Card(capability))
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path)
+        case, (n, k) = CASES[name], weights
+        parts = case.parts(n, k, Generator().manual_seed(0))
+        on_a_card(case.operation, torch.zeros(m, k, dtype=dtype), *parts, n, *case.more)
+    assert made
+    for kernel in made:
+        assert kernel.metadata.shared <= 99 << 10, "cards of compute capability 8.6 have less shared memory"
+
+
+def on_a_card(operation: str, *arguments: Tensor | int) -> Tensor:
+    return cast(Tensor, import_module(f"tierstore.kernels.{operation}.triton").matmul(*arguments))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("m", "n", "k", "dtype"), ON_THE_CARD)
+def test_product_on_the_card(name: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    check(on_a_card, name, m, n, k, dtype, "cuda")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("m", "dtype"), [(1, WIDE), (2, NARROW)])
+def test_every_code_on_the_card(m: int, dtype: torch.dtype) -> None:
+    check_codes(on_a_card, m, dtype, "cuda")
+
+
+@pytest.mark.cuda
+def test_rows_apart_on_the_card() -> None:
+    check_rows_apart(on_a_card, "int4", "cuda")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["int4", "fp8"])
+def test_it_runs_on_the_current_stream(name: str) -> None:
+    """On another it would not wait for its input, which comes late here."""
+    case, generator = CASES[name], Generator("cuda").manual_seed(0)
+    parts, ready = case.parts(4096, 4096, generator), normal(generator, 1, 4096).bfloat16()
+    weights, x = case.unpack(parts, 4096, 4096), torch.zeros_like(ready)
+    compare(on_a_card(case.operation, ready, *parts, 4096, *case.more), ready, weights)  # compiles
+    torch.cuda.synchronize()
+    stream = cast(Any, torch.cuda).Stream()
+    with torch.cuda.stream(stream):
+        cast(Any, torch.cuda)._sleep(100_000_000)
+        x.copy_(ready)
+        product = on_a_card(case.operation, x, *parts, 4096, *case.more)
+    stream.synchronize()
+    compare(product, ready, weights)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("m", [1, 16, 300])
+def test_on_the_card_it_is_the_same_each_time_and_takes_no_more_memory(name: str, m: int) -> None:
+    case, generator = CASES[name], Generator("cuda").manual_seed(0)
+    parts, x = case.parts(4096, 4096, generator), normal(generator, m, 4096).bfloat16()
+    first = on_a_card(case.operation, x, *parts, 4096, *case.more)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    product = on_a_card(case.operation, x, *parts, 4096, *case.more)
+    taken = torch.cuda.max_memory_allocated() - before
+    splits = case.blocks(m, 4096, 4096).splits
+    assert taken <= product.nbytes + (4 * splits * product.numel() if splits > 1 else 0)
+    assert torch.equal(product, first)
