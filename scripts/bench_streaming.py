@@ -23,13 +23,13 @@ from typing import Any
 from benchmark import disk, verdicts
 from benchmark.cap import CapError
 from benchmark.child import ChildError, Children
+from benchmark.command import nbytes, say
 from benchmark.job import Job
 from benchmark.machine import machine
 from benchmark.table import Row, as_text
 from make_checkpoint import Shape, make_checkpoint
 
-from tierstore.budget import format_nbytes, parse_nbytes
-from tierstore.errors import BudgetError
+from tierstore.budget import format_nbytes
 
 HEADROOM_NBYTES = 700 << 20
 """Of the cap, for Python, torch and activations."""
@@ -62,7 +62,7 @@ class Bench:
 
     def run(self) -> None:
         """Everything that was asked for."""
-        _say(f"checkpoint of {format_nbytes(self.shape.nbytes())} in {self._folder}")
+        say(f"checkpoint of {format_nbytes(self.shape.nbytes())} in {self._folder}")
         make_checkpoint(self._folder, self.shape)
         if {"decode", "prefill", "accelerate"}.intersection(self.parts):
             self._decode()
@@ -112,7 +112,7 @@ class Bench:
 
     def _measure(self, kind: str, *, capped: bool = False, **changes: Any) -> dict[str, Any]:
         """What a job found, and ``rates``: the disk's whenever the job paused."""
-        _say(kind.replace("_", " "))
+        say(kind.replace("_", " "))
         rates: list[float] = []
         job = replace(self._job, kind=kind, **changes)
         found = self._children.run(job, capped=capped, on_pause=lambda: rates.append(self._rate()))
@@ -125,23 +125,19 @@ class Bench:
         if not self._fio:
             return disk.reader_rate(files, rounds=2 if self._smoke else 8)
         if self._setting is None:
-            _say("fio's settings")
+            say("fio's settings")
             self._setting, means = disk.best_setting(files)
             self.figures["fio"] = {str(setting): rate for setting, rate in means.items()}
         return disk.fio_rate(files, self._setting)
-
-
-def _say(what: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {what} ...", file=sys.stderr, flush=True)
 
 
 def arguments() -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="keep the checkpoint here, and use it when it is there")
-    parser.add_argument("--cap", type=_nbytes, default=4 << 30, help="memory of each process, as 4GiB (the default)")
+    parser.add_argument("--cap", type=nbytes, default=4 << 30, help="memory of each process, as 4GiB (the default)")
     parser.add_argument("--no-cap", action="store_true", help="without cgroup and dropped caches: no root is needed")
-    parser.add_argument("--hbm", type=_nbytes, help="budget of tierstore and Accelerate (default: the cap - 700 MiB)")
+    parser.add_argument("--hbm", type=nbytes, help="budget of tierstore and Accelerate (default: the cap - 700 MiB)")
     parser.add_argument("--groups", type=int, default=4, help="of 4 passes, the disk measured between (default: 4)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch (default: every core)")
     parser.add_argument("--timeout", type=float, default=150, help="seconds for each process (default: 150)")
@@ -149,13 +145,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write table and JSON here too")
     parser.add_argument("--smoke", action="store_true", help="a tiny checkpoint, no cap, no fio: does it all run?")
     return parser.parse_args()
-
-
-def _nbytes(text: str) -> int:
-    try:
-        return parse_nbytes(text)
-    except BudgetError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def main() -> int:

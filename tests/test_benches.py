@@ -46,6 +46,18 @@ def test_smoke_run_measures_everything(tmp_path: Path) -> None:
     assert said["figures"]["accelerate_decode"]["modules_on_disk"] > 0
 
 
+def test_smoke_run_of_packed_models(tmp_path: Path) -> None:
+    done = run("bench_packed.py", "--smoke", "--threads=1", "--formats", "int4", "--out", tmp_path / "out.txt")
+    assert done.returncode == 0, done.stderr
+    table, _, line = done.stdout.rstrip("\n").rpartition("\n\n")
+    assert "int4: times faster" in table
+    figures: dict[str, Any] = json.loads(line)["figures"]
+    unpacked, packed = figures["decode unpacked"][0], figures["decode int4"][0]
+    assert 0 < packed["streamed_nbytes"] < unpacked["streamed_nbytes"]
+    assert figures["int4, all in memory"][0]["streamed_nbytes"] == 0
+    assert not list(tmp_path.glob("tierstore-bench-*"))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_checkpoint_is_what_transformers_reads(tmp_path: Path, dtype: str) -> None:
     from transformers import AutoModelForCausalLM

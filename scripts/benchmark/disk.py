@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,10 +102,37 @@ def fio_rate(files: Sequence[Path], setting: Setting, seconds: float = SECONDS) 
     ]
     environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # huge pages: larger requests to the disk
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    return float(sum(job["read"]["bw_bytes"] for job in _jobs_of(done)))
+
+
+def fio_write_rate(folder: Path, seconds: float = SECONDS) -> float:
+    """Bytes per second that fio writes to a new file in ``folder``, past the page cache."""
+    command = [
+        "fio",
+        "--output-format=json",
+        "--rw=write",
+        "--direct=1",
+        "--time_based",
+        f"--runtime={round(1000 * seconds)}ms",
+        "--size=1g",
+        "--ioengine=libaio",
+        "--bs=4m",
+        "--iodepth=4",
+        "--name=job",
+        f"--filename={folder / 'written-by-fio'}",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    finally:
+        (folder / "written-by-fio").unlink(missing_ok=True)
+    return float(_jobs_of(done)[0]["write"]["bw_bytes"])
+
+
+def _jobs_of(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     if done.returncode:
         raise FioError(f"fio ended with status {done.returncode}: {(done.stderr or done.stdout)[-1000:]}")
-    jobs = json.loads(done.stdout[done.stdout.index("{") :])["jobs"]
-    return float(sum(job["read"]["bw_bytes"] for job in jobs))
+    jobs: list[dict[str, Any]] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"]
+    return jobs
 
 
 def _jobs(files: Sequence[Path], count: int) -> Iterator[str]:

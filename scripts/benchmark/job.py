@@ -14,7 +14,8 @@ class Job:
 
     ``hbm``: bytes of weights that may stand in memory. ``steps``: tokens to decode, or passes to run. Streaming jobs
     run ``groups`` of as many steps, with a pause around each. ``length``: tokens of the prompt. ``seconds``: how long
-    the prefill that is looked for takes (0 for none), or how long passes are compared.
+    the prefill that is looked for takes (0 for none), or how long passes are compared. ``form`` and ``out``: the packed
+    format that is made of the checkpoint, and where.
     """
 
     kind: str
@@ -25,3 +26,5 @@ class Job:
     groups: int = 4
     length: int = 16
     seconds: float = 0.0
+    form: str = ""
+    out: str = ""

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from transformers import AutoModelForCausalLM
 
 import tierstore
 import tierstore.hf.checkpoint  # which load would import
+import tierstore.packing
+from benchmark import llama_cpp
 from benchmark.decoding import Step, decode, prefill, prompt_of
 from benchmark.job import PAUSE, Job
 from tierstore import Budget
@@ -103,6 +106,27 @@ def accelerate_decode(job: Job) -> dict[str, Any]:
         opened = time.perf_counter() - start
         steps = list(decode(module, _prompt(job), job.steps))
         return _decoded(steps) | {"open_seconds": opened, "modules_on_disk": on_disk, "peak_nbytes": _peak_nbytes()}
+
+
+def pack(job: Job) -> dict[str, Any]:
+    """Packing the checkpoint."""
+    done = tierstore.packing.pack(job.checkpoint, job.out, format=job.form)
+    return {
+        "seconds": done.seconds,
+        "nbytes": done.nbytes,
+        "source_nbytes": done.source_nbytes,
+        "steps": {name: asdict(step) for name, step in done.steps.items()},
+        "bound": done.bound,
+        "peak_nbytes": _peak_nbytes(),
+    }
+
+
+def llama_cpp_decode(job: Job) -> dict[str, Any]:
+    """Decoding with llama.cpp from memory; the GGUF file is made beside the checkpoint for it."""
+    with tempfile.TemporaryDirectory(dir=Path(job.checkpoint).parent) as folder:
+        file = Path(folder, "model.gguf")
+        llama_cpp.write_q4_0(Path(job.checkpoint), file)
+        return llama_cpp.decode(replace(job, checkpoint=str(file)))
 
 
 def fits(job: Job) -> dict[str, Any]:
@@ -195,7 +219,8 @@ def _peak_nbytes() -> int:
 
 
 JOBS: dict[str, Callable[[Job], dict[str, Any]]] = {
-    job.__name__: job for job in (resident, tierstore_decode, tierstore_prefill, accelerate_decode, fits)
+    job.__name__: job
+    for job in (resident, tierstore_decode, tierstore_prefill, accelerate_decode, pack, llama_cpp_decode, fits)
 }
 
 
