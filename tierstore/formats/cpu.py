@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Literal, cast
 
@@ -18,33 +19,39 @@ from tierstore.kernels.int4_matmul.reference import ROWS
 aten = torch.ops.aten
 
 
+MOST_ROWS: Mapping[int, Mapping[str, int]] = {
+    64: {"int4": 40, "int8": 20, "int8-row": 14},
+    32: {"int4": 10, "int8": 5, "int8-row": 16},
+}
+"""Up to how many rows torch's kernels are the faster way, by ``int4_tile_rows``, which tells AVX-512 from AVX2."""
+
+
 def choose(name: str, rows: int, n: int, k: int, dtype: torch.dtype, tile_rows: int) -> Literal["packed", "tiles"]:
     """How to multiply ``rows`` rows of ``dtype`` with a matrix [n, k] of the format ``name`` on a CPU.
 
-    "packed" is torch's kernel for the format, which reads fewest bytes but does the arithmetic slowly; "tiles" unpacks
-    some rows at a time and multiplies these with the fast product of plain matrices. ``tile_rows`` is that of
-    ``int4_tile_rows``. A table of measurements (``scripts/bench_matmul.py``), and on purpose not a measurement while
-    running: the two round differently, and the same product must be the same on every run.
+    "packed" is torch's kernel for the format, which reads few bytes but is slow for each row; "tiles" unpacks some rows
+    of the matrix at a time, and multiplies these with the fast product of plain matrices. ``tile_rows`` is what
+    ``int4_tile_rows`` says. On purpose this is a table of measurements (``scripts/bench_matmul.py``) and no measurement
+    while running: both ways round differently, and the same product must be the same on every run. Where they meet
+    hardly depends on ``n``, nor on ``k`` but for what the kernels can do.
     """
-    if dtype is not torch.bfloat16 or not n * k:
-        return "tiles"  # in float32 torch's kernels are plain loops
-    if name == "bf16":
-        return "packed"
+    if not can_be_packed(name, k, dtype, tile_rows):
+        return "tiles"
+    # A plain product even where it is the slower way: it is then that of the unpacked module, to the bit.
+    return "packed" if name == "bf16" or rows <= MOST_ROWS[tile_rows][_kind(name)] else "tiles"
+
+
+def can_be_packed(name: str, k: int, dtype: torch.dtype, tile_rows: int) -> bool:
+    """Whether torch has a kernel for the format ``name`` and rows of ``k`` values of ``dtype``."""
+    if dtype is not torch.bfloat16:
+        return False  # for float32 and float16 the kernels of torch 2.13 are plain loops, 30 times slower
     if name == "int8-row" and k % 16:
-        return "tiles"  # torch's kernel reads and writes beyond the ends of its arguments, seen in 2.13
-    kind = name.partition("-")[0] if name.startswith("int4") else name
-    return "packed" if rows <= _MOST_ROWS.get((kind, tile_rows), 0) else "tiles"
+        return False  # that kernel reads and writes beyond the ends then, seen in torch 2.13
+    return name == "bf16" or _kind(name) in MOST_ROWS.get(tile_rows, ())
 
 
-_MOST_ROWS = {
-    ("int4", 64): 32,
-    ("int4", 32): 12,
-    ("int8", 64): 16,
-    ("int8", 32): 6,
-    ("int8-row", 64): 8,
-    ("int8-row", 32): 8,
-    ("int8-row", 0): 8,
-}
+def _kind(name: str) -> str:
+    return name.partition("-g")[0]
 
 
 def arithmetic(dtype: torch.dtype, rows: int) -> torch.dtype:
@@ -65,7 +72,8 @@ def int4_tile_rows() -> int:
     A property of the processor, and of torch, that does not change while a process runs. Seen by packing a small
     matrix, whatever torch says that it uses.
     """
-    nibbles = torch.arange(ROWS * ROWS, dtype=torch.int32, device="cpu").mul_(7).bitwise_and_(15).view(ROWS, ROWS)
+    nibbles = torch.arange(ROWS * ROWS, dtype=torch.int32, device="cpu").mul_(40503).bitwise_right_shift_(9)
+    nibbles = nibbles.bitwise_and_(15).view(ROWS, ROWS)
     try:
         packed = aten._convert_weight_to_int4pack_for_cpu(nibbles, 1).view(-1)
     except (AttributeError, RuntimeError):

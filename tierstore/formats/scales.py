@@ -5,8 +5,6 @@ A bfloat16 is the upper half of a float32, so that a pair of them is taken apart
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 
@@ -14,20 +12,19 @@ from tierstore.formats.scratch import Scratch
 from tierstore.kernels.int4_matmul.reference import ROWS
 from tierstore.kernels.int8_matmul.reference import PLANES
 
-LITTLE = sys.byteorder == "little"
 UPPER_HALF = -0x10000
 
 
-def words(part: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
-    """``part`` with its last axis read as wider integers; a copy only where it does not lie so that they can be."""
+def words(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """``part`` with its last axis read as wider integers; a copy only where it lies so that this cannot be."""
     if not part.is_contiguous() or part.storage_offset() * part.itemsize % dtype.itemsize:
-        part = scratch.take(f"aligned {part.shape}", part.shape, part.dtype, part.device).copy_(part)
+        part = part.clone(memory_format=torch.contiguous_format)
     return part.view(dtype)
 
 
 def int4_scales(scales: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """(scale, zero), each float32 [kp / group, np], of the ``scales`` of int4."""
-    pairs = words(scales, torch.int32, scratch)[..., 0]
+    pairs = words(scales, torch.int32)[..., 0]
     scale, zero = scratch.take("scales", (2, *pairs.shape), torch.int32, pairs.device).unbind(0)
     torch.bitwise_left_shift(pairs, 16, out=scale)
     torch.bitwise_and(pairs, UPPER_HALF, out=zero)
@@ -36,7 +33,7 @@ def int4_scales(scales: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
 
 def int8_scales(scales: Tensor, steps: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """(scale, zero), each float32 [kp / 64, np] that bfloat16 holds, of the ``scales`` and ``steps`` of int8."""
-    codes = words(scales, torch.int16, scratch)
+    codes = words(scales, torch.int16)
     blocks, groups, device = codes.shape[0], codes.shape[1] // ROWS, codes.device
     scale, zero, spare = scratch.take("scales", (3, groups, blocks * ROWS), torch.int32, device).unbind(0)
     scale.view(groups, blocks, ROWS).copy_(codes.view(blocks, groups, ROWS).transpose(0, 1))

@@ -27,12 +27,15 @@ from tierstore.formats.tile64 import HALF
 from tierstore.kernels.int4_matmul.reference import ROWS
 from tierstore.kernels.int8_matmul.reference import MIDDLE, PLANES
 
-TILE = 3 << 17
+TILE = 3 << 18
 """Elements of a tile, unless 64 rows have more."""
 
-Unpack = Callable[[int, int], Tensor]
-"""At least the rows from one to before another, [rows or more, k or more], float32 or as stored, contiguous or the
-transpose of that. Valid until the next call."""
+Unpack = Callable[[int], Tensor]
+"""The values from a row on, [rows or more, k or more], float32 or as stored, contiguous or the transpose of that. Valid
+until the next call."""
+
+Prepare = Callable[[int], Unpack]
+"""For a number of rows at a time. Buffers are taken and shaped here, once, and not for every tile."""
 
 
 def tiles(
@@ -42,161 +45,208 @@ def tiles(
 
     The tensor is valid until the next one is asked for; it may be a transpose. ``dtype`` is a floating one.
     """
-    step = max(1, TILE // max(k, 1) // ROWS) * ROWS
-    unpack = _UNPACKERS.get(type(form), _slowly)(form, parts, n, k, scratch)
-    for first in range(0, n, step):
-        last = min(first + step, n)
-        yield first, _rounded(unpack(first, last), dtype, scratch)[: last - first, :k]
+    if not n * k:
+        return
+    prepare = _UNPACKERS.get(type(form), _slowly)(form, parts, n, k, scratch)
+    step = max(1, TILE // k // ROWS) * ROWS
+    for start, rows in ((0, step), (n // step * step, n % step)):
+        if not rows or start + rows > n:
+            continue
+        unpack, rounded = prepare(rows), None
+        for first in range(start, n - rows + 1, rows):
+            values = unpack(first)
+            if values.dtype is not dtype:
+                if rounded is None:
+                    rounded = _like(values, dtype, scratch)
+                values = rounded.copy_(values)
+            yield first, values[:rows, :k]
 
 
-def _rounded(tile: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
-    if tile.dtype is dtype:
-        return tile
-    straight = tile if tile.is_contiguous() else tile.T
-    rounded = scratch.take("rounded", straight.shape, dtype, tile.device).copy_(straight)
-    return rounded if straight is tile else rounded.T
+def _like(values: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    if values.is_contiguous():
+        return scratch.take("rounded", values.shape, dtype, values.device)
+    return scratch.take("rounded", values.T.shape, dtype, values.device).T
 
 
-def _slowly(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Unpack:
-    return lambda first, last: form.unpack(parts, n, k, start=first, stop=last)
+def _slowly(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Prepare:
+    return lambda rows: lambda first: form.unpack(parts, n, k, start=first, stop=first + rows)
 
 
-def _bf16(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Unpack:
-    return lambda first, last: parts["codes"][first:last]
+def _bf16(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Prepare:
+    return lambda rows: lambda first: parts["codes"][first : first + rows]
 
 
-def _int4(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Unpack:
-    codes = words(parts["codes"], torch.int64, scratch)
+def _int4(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Prepare:
+    codes = words(parts["codes"], torch.int64)
     scale, zero = int4_scales(parts["scales"], scratch)
     scale.mul_(1 / 16)  # codes come out in the upper halves of bytes
 
-    def signed(blocks: slice, low: Tensor, high: Tensor) -> None:
-        torch.bitwise_xor(codes[blocks], _bytes(0x88), out=high)  # as a number with a sign, a nibble q is q - 8 then
-        torch.bitwise_left_shift(high, 4, out=low)
-        low.bitwise_and_(_bytes(0xF0))
-        high.bitwise_and_(_bytes(0xF0))
+    def signed(low: Tensor, high: Tensor) -> Callable[[slice], None]:
+        def fill(blocks: slice) -> None:
+            torch.bitwise_xor(codes[blocks], _bytes(0x88), out=high)  # as a number with a sign, a nibble q is q - 8 now
+            torch.bitwise_left_shift(high, 4, out=low)
+            low.bitwise_and_(_bytes(0xF0))
+            high.bitwise_and_(_bytes(0xF0))
+
+        return fill
 
     return _turned(signed, scale, zero, form.group, scratch)
 
 
-def _int8(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Unpack:
-    lower, upper = (words(parts[plane], torch.int64, scratch) for plane in ("low", "high"))
+def _int8(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Prepare:
+    lower, upper = (words(parts[plane], torch.int64) for plane in ("low", "high"))
     scale, zero = int8_scales(parts["scales"], parts["steps"], scratch)
-    zero.mul_(PLANES).add_(scale, alpha=128 - MIDDLE)  # codes come out less 128, which is what a byte with a sign holds
+    zero.mul_(PLANES).add_(scale, alpha=128 - MIDDLE)  # codes come out less 128, which a byte with a sign can hold
 
-    def signed(blocks: slice, low: Tensor, high: Tensor) -> None:
-        spare = scratch.take("nibbles", low.shape, torch.int64, low.device)
-        torch.bitwise_and(lower[blocks], _bytes(0x0F), out=low)
-        torch.bitwise_xor(upper[blocks], _bytes(0x88), out=high)
-        torch.bitwise_left_shift(high, 4, out=spare)
-        low.bitwise_or_(spare.bitwise_and_(_bytes(0xF0)))
-        torch.bitwise_right_shift(lower[blocks], 4, out=spare)
-        high.bitwise_and_(_bytes(0xF0)).bitwise_or_(spare.bitwise_and_(_bytes(0x0F)))
+    def signed(low: Tensor, high: Tensor) -> Callable[[slice], None]:
+        spare = scratch.take("nibbles", low.shape, low.dtype, low.device)
+
+        def fill(blocks: slice) -> None:
+            torch.bitwise_and(lower[blocks], _bytes(0x0F), out=low)
+            torch.bitwise_xor(upper[blocks], _bytes(0x88), out=high)
+            torch.bitwise_left_shift(high, 4, out=spare)
+            low.bitwise_or_(spare.bitwise_and_(_bytes(0xF0)))
+            torch.bitwise_right_shift(lower[blocks], 4, out=spare)
+            high.bitwise_and_(_bytes(0xF0)).bitwise_or_(spare.bitwise_and_(_bytes(0x0F)))
+
+        return fill
 
     return _turned(signed, scale, zero, form.group, scratch)
 
 
 def _turned(
-    signed: Callable[[slice, Tensor, Tensor], None], scale: Tensor, zero: Tensor, group: int, scratch: Scratch
-) -> Unpack:
-    """``code * scale + zero`` for codes in ``tile64``, which stand column by column, and so do the values.
+    signed: Callable[[Tensor, Tensor], Callable[[slice], None]],
+    scale: Tensor,
+    zero: Tensor,
+    group: int,
+    scratch: Scratch,
+) -> Prepare:
+    """``code * scale + zero`` for codes in ``tile64``, which stand column by column, and so will the values.
 
-    ``signed`` writes the codes of blocks of 64 rows as bytes with a sign, [blocks, k * 32], the lower 32 rows of each
-    block apart from the upper.
+    ``signed(low, high)`` gives what fills these two, [blocks, k * 4] of int64, for some blocks of 64 rows: with codes
+    as bytes with a sign, those of the lower 32 rows of each block and those of the upper.
     """
     groups, device = scale.shape[0], scale.device
     k = groups * group
+    scale, zero = scale[:, None], zero[:, None]
 
-    def unpack(first: int, last: int) -> Tensor:
-        blocks = slice(first // ROWS, align_up(last, ROWS) // ROWS)
-        count = blocks.stop - blocks.start
+    def prepare(rows: int) -> Unpack:
+        count = align_up(rows, ROWS) // ROWS
         codes = scratch.take("codes", (2, count, k * HALF // 8), torch.int64, device)
-        signed(blocks, codes[0], codes[1])
-        columns = codes.view(torch.int8).view(2, count, k, HALF)
         values = scratch.take("values", (k, count, 2, HALF), torch.float32, device)
-        for block in range(count):  # with two axes each, these copies take a third of the time of one with four
-            values[:, block, 0].copy_(columns[0, block])
-            values[:, block, 1].copy_(columns[1, block])
-        grouped, rows = values.view(groups, group, -1), slice(blocks.start * ROWS, blocks.stop * ROWS)
-        torch.addcmul(zero[:, None, rows], grouped, scale[:, None, rows], out=grouped)
-        return values.view(k, -1).T
+        fill = signed(codes[0], codes[1])
+        columns, grouped, tile = codes.view(torch.int8).view(2, count, k, HALF), values.view(groups, group, -1), values
+        # Copies of two axes each take a third of the time of one with four.
+        copies = [(values[:, block, half], columns[half, block]) for block in range(count) for half in (0, 1)]
+        tile = values.view(k, -1).T
 
-    return unpack
+        def unpack(first: int) -> Tensor:
+            fill(slice(first // ROWS, first // ROWS + count))
+            for into, bytes_ in copies:
+                into.copy_(bytes_)
+            there = slice(first, first + count * ROWS)
+            torch.addcmul(zero[:, :, there], grouped, scale[:, :, there], out=grouped)
+            return tile
+
+        return unpack
+
+    return prepare
 
 
-def _int8_row(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Unpack:
+def _int8_row(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Prepare:
     codes, scales = parts["codes"], parts["scales"].float()
 
-    def unpack(first: int, last: int) -> Tensor:
-        values = scratch.take("values", (last - first, k), torch.float32, codes.device)
-        return values.copy_(codes[first:last]).mul_(scales[first:last])
+    def prepare(rows: int) -> Unpack:
+        values = scratch.take("values", (rows, k), torch.float32, codes.device)
+        return lambda first: values.copy_(codes[first : first + rows]).mul_(scales[first : first + rows])
 
-    return unpack
+    return prepare
 
 
-def _fp8(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Unpack:
+def _fp8(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Prepare:
     codes, scales = parts["codes"].view(torch.int8), parts["scales"] * E4M3_UNIT
 
-    def unpack(first: int, last: int) -> Tensor:
-        return _e4m3("values", codes[first:last], scratch).mul_(scales[first:last])
+    def prepare(rows: int) -> Unpack:
+        widen = _e4m3("values", (rows, k), codes.device, scratch)
+        return lambda first: widen(codes[first : first + rows]).mul_(scales[first : first + rows])
 
-    return unpack
+    return prepare
 
 
-def _fp4(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Unpack:
+def _fp4(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Prepare:
     codes, scales, scale = parts["codes"], parts["scales"].view(torch.int8), parts["scale"]
 
-    def unpack(first: int, last: int) -> Tensor:
-        factors = _e4m3("factors", scales[first:last], scratch).mul_(E4M3_UNIT * E2M1_UNIT)
-        return _grouped(codes[first:last], factors, scratch).mul_(scale)
+    def prepare(rows: int) -> Unpack:
+        widen = _e2m1((rows, codes.shape[1]), scales.shape[1], codes.device, scratch)
+        factors = _e4m3("factors", (rows, scales.shape[1]), codes.device, scratch)
 
-    return unpack
+        def unpack(first: int) -> Tensor:
+            there = slice(first, first + rows)
+            return widen(codes[there], factors(scales[there]).mul_(E4M3_UNIT * E2M1_UNIT)).mul_(scale)
+
+        return unpack
+
+    return prepare
 
 
-def _mxfp4(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Unpack:
+def _mxfp4(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Prepare:
     codes, scales = parts["codes"], parts["scales"].view(torch.uint8)
-    if scales.numel() and scales.max() >= 255 - E2M1_UNIT_BITS:  # beyond float32 with the unit
+    if scales.max() >= 255 - E2M1_UNIT_BITS:  # in units beyond float32
         return _slowly(form, parts, n, k, scratch)
 
-    def unpack(first: int, last: int) -> Tensor:
-        exponents = scratch.take("factors", (last - first, scales.shape[1]), torch.int32, scales.device)
-        exponents.copy_(scales[first:last]).bitwise_left_shift_(23).clamp_min_(1 << 22)  # code 0 is 2^-127, denormal
-        return _grouped(codes[first:last], exponents.view(torch.float32).mul_(E2M1_UNIT), scratch)
+    def prepare(rows: int) -> Unpack:
+        widen = _e2m1((rows, codes.shape[1]), scales.shape[1], codes.device, scratch)
+        bits = scratch.take("factors", (rows, scales.shape[1]), torch.int32, scales.device)
 
-    return unpack
+        def unpack(first: int) -> Tensor:
+            there = slice(first, first + rows)
+            bits.copy_(scales[there]).bitwise_left_shift_(23).clamp_min_(1 << 22)  # code 0 is 2^-127, denormal
+            return widen(codes[there], bits.view(torch.float32).mul_(E2M1_UNIT))
+
+        return unpack
+
+    return prepare
 
 
-def _grouped(codes: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
-    """Float32 [rows, kp]: e2m1 ``codes`` uint8 [rows, kp / 2], in units, times ``factors`` [rows, kp / group]."""
-    values = _e2m1("values", codes, scratch)
-    values.view(*factors.shape, -1).mul_(factors[:, :, None])
-    return values
+# A float16 holds every value of these small floats in bits of the same order, their denormals as its own, and
+# processors widen float16 to float32 in no time. Only the exponents have another bias, which makes a unit.
 
-
-# A float16 has all the bits of these small floats, denormals too. Every processor widens float16 to float32 fast.
-
-E4M3_UNIT = 2.0**8
-"""The difference of the exponents' biases, 15 and 7."""
-
-E2M1_UNIT_BITS = 14
+E4M3_UNIT = 2.0 ** (15 - 7)
+E2M1_UNIT_BITS = 15 - 1
 E2M1_UNIT = 2.0**E2M1_UNIT_BITS
-"""The same for biases of 15 and 1."""
 
 
-def _e4m3(purpose: str, codes: Tensor, scratch: Scratch) -> Tensor:
-    """``codes``, int8, as float32 in units of 1 / ``E4M3_UNIT``. Not for NaN, which no format makes."""
-    halves = scratch.take("halves", codes.shape, torch.int16, codes.device)
-    halves.copy_(codes).mul_(1 << 7).bitwise_and_(~(1 << 14))
-    return scratch.take(purpose, codes.shape, torch.float32, codes.device).copy_(halves.view(torch.float16))
+def _e4m3(purpose: str, shape: tuple[int, int], device: torch.device, scratch: Scratch) -> Callable[[Tensor], Tensor]:
+    """From codes, int8 of ``shape``, to float32 that lacks a factor of ``E4M3_UNIT``. Not for NaN, which none packs."""
+    bits = scratch.take("bits", shape, torch.int16, device)
+    halves, values = bits.view(torch.float16), scratch.take(purpose, shape, torch.float32, device)
+
+    def widen(codes: Tensor) -> Tensor:
+        bits.copy_(codes).mul_(1 << 7).bitwise_and_(~(1 << 14))
+        return values.copy_(halves)
+
+    return widen
 
 
-def _e2m1(purpose: str, codes: Tensor, scratch: Scratch) -> Tensor:
-    """``codes``, two in each byte of uint8 [rows, b], as float32 [rows, 2 b] in units of 1 / ``E2M1_UNIT``."""
-    pairs = scratch.take("halves", codes.shape, torch.int32, codes.device)
-    # Each code at the upper end of 16 bits; below there is a part of its neighbour, which the mask takes away.
-    halves = pairs.copy_(codes).mul_((1 << 12) + (1 << 24)).view(torch.int16)
-    halves.bitwise_right_shift_(3).bitwise_and_(0x0E00 - 0x8000)
-    return scratch.take(purpose, halves.shape, torch.float32, codes.device).copy_(halves.view(torch.float16))
+def _e2m1(
+    shape: tuple[int, int], groups: int, device: torch.device, scratch: Scratch
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """From codes, two in each byte of ``shape``, and factors, float32 [rows, groups], to their products, float32
+    [rows, kp], that lack a factor of ``E2M1_UNIT``."""
+    rows, columns = shape[0], 2 * shape[1]
+    pairs = scratch.take("bits", shape, torch.int32, device)
+    bits, values = pairs.view(torch.int16), scratch.take("values", (rows, columns), torch.float32, device)
+    halves, grouped = bits.view(torch.float16), values.view(rows, groups, -1)
+
+    def widen(codes: Tensor, factors: Tensor) -> Tensor:
+        # Each code to the upper end of 16 bits. What is left of its neighbour below, the mask takes away.
+        pairs.copy_(codes).mul_((1 << 12) + (1 << 24))
+        bits.bitwise_right_shift_(3).bitwise_and_(0x0E00 - 0x8000)
+        values.copy_(halves)
+        grouped.mul_(factors[:, :, None])
+        return values
+
+    return widen
 
 
 def _bytes(byte: int) -> int:
@@ -204,7 +254,7 @@ def _bytes(byte: int) -> int:
     return int.from_bytes(bytes((byte,)) * 8, "little", signed=True)
 
 
-_UNPACKERS: Mapping[type, Callable[[Format, Parts, int, int, Scratch], Unpack]] = {
+_UNPACKERS: Mapping[type, Callable[[Format, Parts, int, int, Scratch], Prepare]] = {
     Int4: _int4,
     Int8: _int8,
     Int8Row: _int8_row,
