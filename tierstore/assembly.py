@@ -24,9 +24,6 @@ from tierstore.stores.manifest import KEEP, Manifest, PackedEntry
 from tierstore.stores.packed_writer import PackedWriter
 from tierstore.tensors import TensorSpec
 
-MOST_PACKERS = 4
-"""Tensors packed at the same time: with more, memory would grow with the number of processors."""
-
 Packer = Callable[[str, Format, Tensor], Parts]
 """Packs a weight, which it is told the name of."""
 
@@ -62,12 +59,14 @@ def assemble(
     plan: Manifest,
     packer: Packer,
     device: torch.device,
+    *,
+    at_once: int,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Step]:
     """Write the units that are left: ``read`` gives a tensor by name, ``packer`` its parts, on ``device``.
 
-    One tensor is being read, up to ``MOST_PACKERS`` packed and one written: as many are in memory. Gives what the steps
-    "read", "pack" and "write" did. Raises what any of them raises; units that are whole stay.
+    One tensor is being read, ``at_once`` packed, begun in the order of the plan, and one written: as many are in
+    memory. Gives what the steps "read", "pack" and "write" did. Raises what any of them raises; whole units stay.
     """
     steps = {"read": Step(), "pack": Step(), "write": Step()}
     left = writer.left
@@ -85,7 +84,7 @@ def assemble(
 
     with (
         _workers("read", 1) as readers,
-        _workers("pack", _packers(device)) as presses,
+        _workers("pack", at_once) as presses,
         closing(_ahead(readers, read_one, todo, steps["read"])) as tensors,
         closing(_ahead(presses, pack_one, tensors, steps["pack"])) as packed,
     ):
@@ -158,10 +157,6 @@ def _workers(what: str, number: int) -> Iterator[_Workers]:
             yield _Workers(pool, number)
     finally:
         torch.set_num_threads(threads)  # for threads that are still to come: a thread's own number is its own
-
-
-def _packers(device: torch.device) -> int:
-    return min(torch.get_num_threads(), MOST_PACKERS) if device.type == "cpu" else 1
 
 
 def _ahead(

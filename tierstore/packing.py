@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from tierstore import __version__
-from tierstore.assembly import Packer, Progress, Step, assemble, nbytes_before
+from tierstore.assembly import Progress, Step, assemble, nbytes_before
 from tierstore.backends import backend_for
 from tierstore.binding.grouping import group_blocks
 from tierstore.binding.inventory import find_entries
@@ -33,6 +33,9 @@ from tierstore.stores.packed_writer import PackedWriter, find_packed
 
 UNIT_NBYTES = 256 << 20
 """Packed bytes that lie in one file, unless one tensor has more: as much is made again after a kill."""
+
+MOST_AT_ONCE = 4
+"""Tensors packed side by side where there are as many processors: with more, memory would grow with their number."""
 
 BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm")
 """What is copied along with the weights: files of tokenizers and chat templates, by suffix."""
@@ -116,7 +119,7 @@ def pack(
         start = time.perf_counter()
         plan = plan_packing(source, format, formats or {})
         files = {"config.json": _config_text(source, plan).encode(), **dict(_files_beside(source, trust_remote_code))}
-        steps = _write(source, out, plan, files, _plainly, where, progress)
+        steps = {} if find_packed(out, plan) else _write(source, out, plan, files, where, progress)
         seconds = time.perf_counter() - start
     finally:
         source.store.close()
@@ -159,16 +162,14 @@ def _write(
     out: Path,
     plan: Manifest,
     files: Mapping[str, bytes],
-    packer: Packer,
     device: torch.device,
     progress: Callable[[Progress], None] | None,
 ) -> Mapping[str, Step]:
-    if find_packed(out, plan) is not None:
-        return {}
+    at_once = min(torch.get_num_threads(), MOST_AT_ONCE) if device.type == "cpu" else 1
     with PackedWriter(out, plan) as writer:
         for name, content in files.items():
             writer.add_file(name, content)
-        steps = assemble(source.read, writer, plan, packer, device, progress)
+        steps = assemble(source.read, writer, plan, _plainly, device, at_once=at_once, progress=progress)
         writer.finish()
     return steps
 
