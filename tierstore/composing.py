@@ -34,12 +34,13 @@ TIGHT = 3
 @dataclass(frozen=True)
 class Cut:
     """A module cut into units: the groups and their order of use. One operation needs ``least_nbytes`` at once,
-    and may need ``step_nbytes`` of more than one unit."""
+    may need ``step_nbytes`` of more than one unit, and may need ``table_nbytes`` of what is only looked up."""
 
     groups: tuple[Group, ...]
     order: tuple[str, ...]
     least_nbytes: int
     step_nbytes: int
+    table_nbytes: int
 
 
 def cut_module(root: nn.Module, held: Sequence[Held], nbytes: Mapping[str, int], hbm: int) -> Cut:
@@ -52,6 +53,7 @@ def cut_module(root: nn.Module, held: Sequence[Held], nbytes: Mapping[str, int],
         item.block
         for item in held
         if nbytes[item.block] >= LOOKED_UP_FROM
+        and item.meta.dim() == 2  # other parts of a packed table have no rows
         and any(type(location.owner) is nn.Embedding for location in item.entry.locations)
     }
     groups = group_blocks(
@@ -62,11 +64,13 @@ def cut_module(root: nn.Module, held: Sequence[Held], nbytes: Mapping[str, int],
         leaf_limit_nbytes=hbm // 2,
         looked_up=looked_up,
     )
+    whole = _whole_nbytes(held, nbytes)
     return Cut(
         tuple(groups),
         _order_of(root, groups, owners, looked_up),
-        _least_nbytes(owners, nbytes, [item for item in held if item.entry.part_of]),
-        _step_nbytes(root, groups, owners, nbytes),
+        _least_nbytes(owners, nbytes, whole),
+        _step_nbytes(root, groups, owners, nbytes, looked_up),
+        max((whole[block] for block in looked_up), default=0),
     )
 
 
@@ -108,7 +112,7 @@ def plan_units(
     # where little fits, all of it streams: an operation that needs several units then always finds room
     step = room if room < TIGHT * max(largest, cut.step_nbytes) else cut.step_nbytes
 
-    table = max((unit.nbytes for unit in units if unit.name in at_rest), default=0)
+    table = cut.table_nbytes if at_rest else 0
 
     def planned(left_out: Mapping[str, Tier], bound: int) -> Plan:
         return build_plan(
@@ -160,19 +164,24 @@ def _order_of(
     return tuple(name for module in root.modules() for name in uses.get(module, ()))
 
 
+def _whole_nbytes(held: Sequence[Held], nbytes: Mapping[str, int]) -> dict[str, int]:
+    """For each block, the bytes of its tensor with all its parts."""
+    sums: dict[str, int] = {}
+    for item in held:
+        sums[item.entry.part_of] = sums.get(item.entry.part_of, 0) + nbytes[item.block]
+    return {item.block: sums[item.entry.part_of] if item.entry.part_of else nbytes[item.block] for item in held}
+
+
 def _least_nbytes(
-    owners: Mapping[str, Mapping[nn.Module, None]], nbytes: Mapping[str, int], parts: Sequence[Held]
+    owners: Mapping[str, Mapping[nn.Module, None]], nbytes: Mapping[str, int], whole: Mapping[str, int]
 ) -> int:
     """What some operation surely needs at once: a tensor with all its parts, or the weight and bias of one product."""
-    whole: dict[str, int] = {}
-    for part in parts:
-        whole[part.entry.part_of] = whole.get(part.entry.part_of, 0) + nbytes[part.block]
     held: dict[nn.Module, int] = {}
     for block, holders in owners.items():
         for module in holders:
             if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
                 held[module] = held.get(module, 0) + nbytes[block]
-    return max([*nbytes.values(), *held.values(), *whole.values()], default=0)
+    return max([*whole.values(), *held.values()], default=0)
 
 
 def _step_nbytes(
@@ -180,14 +189,16 @@ def _step_nbytes(
     groups: Sequence[Group],
     owners: Mapping[str, Mapping[nn.Module, None]],
     nbytes: Mapping[str, int],
+    looked_up: set[str],
 ) -> int:
     """An upper bound of what one operation needs of more than one unit: the tensors of a module, or all of those
-    that torch fuses. 0 when every operation needs one unit."""
+    that torch fuses. 0 when every operation needs one unit. Of a table that is looked up it needs rows."""
     unit_of = {block: group for group in groups for block in group.blocks}
     used: dict[nn.Module, set[str]] = {}
     for block, holders in owners.items():
         for module in holders:
-            used.setdefault(module, set()).add(unit_of[block].name)
+            if not (block in looked_up and type(module) is nn.Embedding):
+                used.setdefault(module, set()).add(unit_of[block].name)
     sizes = {group.name: sum(nbytes[block] for block in group.blocks) for group in groups}
     fused = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
     largest = 0

@@ -71,7 +71,7 @@ def offload(
     if not isinstance(budget, Budget):
         raise BudgetError(f"offload takes a Budget, got {type(budget).__name__}: write Budget(hbm='4GiB', ...)")
     if formats is not None and not isinstance(formats, Mapping):
-        raise ModuleError(f"formats takes a mapping, got {type(formats).__name__}: write formats={{'lm_head*': 'bf16'}}")
+        raise ModuleError(f"formats takes a mapping, got {type(formats).__name__}: write formats={{'head*': 'bf16'}}")
     chosen = backend or backend_for(device)
     check_budget(budget, inspect_machine(), chosen.device)
     root = None if store is None else Path(store)

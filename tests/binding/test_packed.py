@@ -83,7 +83,7 @@ VIEWS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "slice": lambda t, draw: t.narrow(*_at(t, draw), 1) if t.dim() else t,
     "every second": lambda t, draw: t[:: draw(st.integers(1, 3))] if t.dim() else t,
     "transpose": lambda t, draw: t.transpose(-1, -2) if t.dim() > 1 else t,
-    "permute": lambda t, draw: t.permute(*reversed(range(t.dim()))),
+    "permute": lambda t, draw: t.permute(tuple(reversed(range(t.dim())))),
     "unsqueeze": lambda t, draw: t.unsqueeze(draw(st.integers(0, t.dim()))),
     "expand": lambda t, draw: t.expand(2, *t.shape),
     "flatten": lambda t, draw: t.flatten(),

@@ -149,6 +149,38 @@ def test_one_loan_serves_a_whole_product(store: Path, monkeypatch: pytest.Monkey
         assert loans == [2, 2]
 
 
+@pytest.mark.parametrize(("form", "parts"), [("int8", ["high", "low"]), ("fp8", ["codes"]), ("int4-g32", ["codes"])])
+def test_rows_of_a_packed_table_are_read_where_they_rest(
+    form: str, parts: list[str], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    wide = [nn.Linear(64, 512), nn.Linear(512, 1024), nn.Linear(1024, 512), nn.Linear(512, 1024)]
+    module = nn.Sequential(nn.Embedding(70_000, 64), *wide)
+    ids = torch.tensor([[5, 69_999, 64, 5]])
+    read: list[str] = []
+    look_up = Loans.lookup
+
+    def noting(self: Loans, block: str, meta: Tensor, indices: Tensor) -> Any:
+        found = look_up(self, block, meta, indices)
+        read.extend([block] if found is not None else [])
+        return found
+
+    monkeypatch.setattr(Loans, "lookup", noting)
+    with pytest.raises(PlanError) as told:
+        offload(module, Budget(1000), formats={"*": form}, store=store, device="cpu")
+    least = told.value.needed
+    with offload(module, Budget(int(least * 1.2)), formats={"*": form}, store=store, device="cpu") as session:
+        for _ in range(3):
+            module(ids)
+        read.clear()
+        before = session.report().bytes_moved
+        rows = module[0](ids)
+        assert session.report().bytes_moved - before < least // 4
+        assert {name.rpartition(".")[2] for name in read} == set(parts)
+        assert torch.equal(rows, module[0].weight[ids])  # all of it, which finds room
+        assert session.report().peak_bytes["hbm"] <= int(least * 1.2)
+
+
 def test_gradients_of_inputs_and_of_what_is_not_packed(store: Path) -> None:
     module, plain = layers(), kept(layers(), "int8")
     x, y = (torch.ones(2, SIZE).requires_grad_() for _ in range(2))
