@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
-PARTS = {"environment", "tests", "streaming", "overlap", "disk", "giant", "accelerate"}
+PARTS = {"environment", "tests", "streaming", "overlap", "kernels", "disk", "giant", "accelerate"}
 
 
 def check(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -38,6 +38,9 @@ def test_every_part_runs_on_tiny_sizes(tmp_path: Path) -> None:
     assert kept["parts"]["tests"]["skipped"] > 10
     for name in ("streaming", "overlap", "disk"):
         assert kept["parts"][name]["equal"]
+    products = kept["parts"]["kernels"]["products"]
+    assert len(products) == 12
+    assert {product["format"] for product in products} == {"int4", "int8", "int8-row", "fp8", "fp4", "mxfp4"}
     assert kept["parts"]["giant"]["digests"][:3] == kept["parts"]["accelerate"]["digests"][:3]
     table = out.with_suffix(".txt").read_text()
     assert table.strip() in done.stdout

@@ -27,6 +27,7 @@ MISSING = {
     "pytest_asyncio": "no cuda test needs it",
     "zarr": "the spill store is written without it; only its tests compare with it",
     "accelerate": "nothing to compare the giant with",
+    "triton": "packed weights are multiplied without kernels",
     "kvikio": "no GPUDirect Storage: its tests are skipped",
     "typer": "the command line is not there",
     "gguf": ".gguf files cannot be imported",

@@ -32,6 +32,7 @@ PARTS = (
     Part("tests", "suite", 150),
     Part("streaming", "streaming", 45),
     Part("overlap", "overlap", 50),
+    Part("kernels", "kernels", 60),
     Part("disk", "disk", 50),
     Part("giant", "giant", 130),
     Part("accelerate", "beside", 100),

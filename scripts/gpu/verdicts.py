@@ -9,6 +9,8 @@ from benchmark.table import Row
 
 STREAMING_GOAL = 0.95
 OVERLAP_GOAL = 1.10
+KERNEL_GOAL = 0.004
+"""Relative difference of a product: the rounding of its bfloat16 result alone is 0.0017."""
 LAYERS = 80
 """Of the giant, all of them."""
 
@@ -74,6 +76,22 @@ def _overlap(found: Found, others: Mapping[str, Found]) -> Iterator[Row]:
     yield _equal("overlap: output equal to the plain module's", found)
 
 
+def _kernels(found: Found, others: Mapping[str, Found]) -> Iterator[Row]:
+    n, k = found["weights"]
+    products = found["products"]
+    yield Row("kernels: rate of the card's memory, copying", _rate(found["memory_rate"]))
+    for name in dict.fromkeys(product["format"] for product in products):
+        mine = [product for product in products if product["format"] == name]
+        figures = [f"{each['rows']}: {each['roofline_seconds'] / each['seconds']:.2f}" for each in mine]
+        yield Row(f"kernels: {name}, {n} x {k}, roofline / seconds by rows", ", ".join(figures))
+        figures = [f"{each['rows']}: {each['plain_seconds'] / each['seconds']:.2f}" for each in mine]
+        yield Row(f"kernels: {name}, plain / packed seconds by rows", ", ".join(figures))
+    if found["left_out"]:
+        yield Row("kernels: no time for", ", ".join(found["left_out"]))
+    worst = max(product["difference"] for product in products)
+    yield Row("kernels: difference from the unpacked", f"{worst:.5f}", f"<= {KERNEL_GOAL}", worst <= KERNEL_GOAL)
+
+
 def _disk(found: Found, others: Mapping[str, Found]) -> Iterator[Row]:
     per_token = found["read_nbytes"] / len(found["seconds_each"])
     rate = max(found["disk_rates"])
@@ -116,6 +134,7 @@ _ROWS: Mapping[str, Callable[[Found, Mapping[str, Found]], Iterator[Row]]] = {
     "tests": _tests,
     "streaming": _streaming,
     "overlap": _overlap,
+    "kernels": _kernels,
     "disk": _disk,
     "giant": _giant,
     "accelerate": _accelerate,
