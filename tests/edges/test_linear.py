@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from tierstore.errors import DeviceError
+from tierstore.formats import cpu, tiles
 from tierstore.formats import linear as linear_file
-from tierstore.formats import tiles
 from tierstore.formats.bf16 import Bf16
 from tierstore.formats.cpu import MOST_ROWS, arithmetic, can_be_packed, choose, int4_tile_rows, packed_product
 from tierstore.formats.format import Format, Parts
@@ -90,6 +90,17 @@ def test_both_ways_of_a_product(form: Format) -> None:
                 check_product(by_tiles(x, form, parts, n, k, dtype, scratch), x, weight)
             if can_be_packed(form.name, k, x.dtype, int4_tile_rows()):
                 check_product(packed_product(x, form, parts, n, k, scratch), x, weight)
+
+
+def test_chunks_of_every_size_give_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, k, form, scratch = 300, 70, Int8(), Scratch()
+    parts, x = form.pack(matrix(n, k)), torch.randn(3, k).bfloat16()
+    products = []
+    for size in (1, 3 * 128 * 64, 1 << 23):
+        monkeypatch.setattr(cpu, "CHUNK", size)
+        products.append(linear(x, form, parts, n, k, None, scratch))
+        assert torch.equal(products[-1], products[0])
+    check_product(products[0], x, form.unpack(parts, n, k))
 
 
 def test_products_of_inputs_of_any_shape(form: Format) -> None:
@@ -240,7 +251,7 @@ def test_arithmetic_is_never_coarser_than_the_input() -> None:
 
 ON_OTHER_PROCESSORS = """
 import torch
-from tierstore.formats.cpu import int4_tile_rows
+from tierstore.formats import cpu
 from tierstore.formats.linear import dequantise, linear
 from tierstore.formats.named import FORMATS
 from tierstore.formats.scratch import Scratch
@@ -252,12 +263,12 @@ for form in FORMATS.values():
         parts = form.pack(torch.randn(n, k))
         weight = form.unpack(parts, n, k)
         assert torch.equal(dequantise(form, parts, (n, k), torch.bfloat16, None), weight.bfloat16()), form
-        for m in (1, 3, 64):
+        for m, cpu.CHUNK in ((1, 1 << 23), (3, 1 << 23), (2, 1), (64, 1)):
             x = torch.randn(m, k).bfloat16()
             y = linear(x, form, parts, n, k, None, Scratch()).double()
             off = (y - x.double() @ weight.double().T).abs() / (x.double().abs() @ weight.double().abs().T)
             worst = max(worst, off.max().item())
-print(int4_tile_rows(), torch.backends.cpu.get_cpu_capability(), worst)
+print(cpu.int4_tile_rows(), torch.backends.cpu.get_cpu_capability(), worst)
 """
 
 
@@ -318,7 +329,7 @@ def test_without_triton_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_products_on_a_gpu(form: Format, dtype: torch.dtype) -> None:
     device, scratch = torch.device("cuda"), Scratch()
     for n, k in SHAPES:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from tierstore.formats.format import Format, Parts
-from tierstore.formats.scales import int8_scales, paired
+from tierstore.formats.scales import int8_pairs, words
 from tierstore.formats.scratch import Scratch
 from tierstore.formats.tile64 import HALF, to_tile32, to_tile64
 from tierstore.kernels.int4_matmul.reference import ROWS
@@ -24,6 +24,10 @@ MOST_ROWS: Mapping[int, Mapping[str, int]] = {
     32: {"int4": 10, "int8": 5, "int8-row": 16},
 }
 """Up to how many rows torch's kernels are the faster way, by ``int4_tile_rows``, which tells AVX-512 from AVX2."""
+
+
+CHUNK = 1 << 23
+"""Weights whose scales are made ready for torch's int4 kernel at a time."""
 
 
 def choose(name: str, rows: int, n: int, k: int, dtype: torch.dtype, tile_rows: int) -> Literal["packed", "tiles"]:
@@ -91,30 +95,54 @@ def _has_avx512() -> bool:
 
 
 def packed_product(x: Tensor, form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Tensor:
-    """``x @ W.T``, bfloat16 [m, n], for bfloat16 ``x`` [m, k], where ``choose`` said "packed"."""
+    """``x @ W.T``, bfloat16 [m, n], for contiguous bfloat16 ``x`` [m, k], where ``choose`` said "packed"."""
     if form.name == "bf16":
         return linear(x, parts["codes"])
     if form.name == "int8-row":
         return torch._weight_int8pack_mm(x, parts["codes"], parts["scales"].view(-1))
-    if form.group and k % form.group:
+    if k % form.group:
         x = pad(x, (0, form.group - k % form.group))
-    if form.name == "int8":
-        scales = paired(*int8_scales(parts["scales"], parts["steps"], scratch), scratch)
-        low, high = (_int4_product(x, parts[plane], form.group, scales) for plane in ("low", "high"))
-        product = low.add_(high, alpha=16)
+    if form.name != "int8" and int4_tile_rows() == ROWS:
+        product = _int4_product(x, parts["codes"], parts["scales"], form.group)
     else:
-        product = _int4_product(x, parts["codes"], form.group, parts["scales"])
+        product = _by_chunks(x, form, parts, scratch)
     return product if product.shape[1] == n else product[:, :n].contiguous()
 
 
-def _int4_product(x: Tensor, codes: Tensor, group: int, scales: Tensor) -> Tensor:
-    rows, columns = scales.shape[1], x.shape[1]
+def _by_chunks(x: Tensor, form: Format, parts: Parts, scratch: Scratch) -> Tensor:
+    """Some blocks of 64 rows at a time, so that what their scales become stays small."""
+    m, columns = x.shape
+    blocks = parts["low" if form.name == "int8" else "codes"].shape[0]
+    step = max(1, CHUNK // (columns * ROWS))
+    if blocks <= step:
+        return _chunk(x, form, parts, scratch)
+    product = x.new_empty(m, blocks * ROWS)
+    for first in range(0, blocks, step):
+        some, rows = slice(first, first + step), slice(first * ROWS, (first + step) * ROWS)
+        own = {name: part[some] for name, part in parts.items() if name in ("codes", "high", "low")}
+        if form.name == "int8":
+            own |= {"scales": parts["scales"][some], "steps": parts["steps"][rows]}
+        else:
+            own |= {"scales": parts["scales"][:, rows]}
+        product[:, rows] = _chunk(x, form, own, scratch)
+    return product
+
+
+def _chunk(x: Tensor, form: Format, parts: Parts, scratch: Scratch) -> Tensor:
+    if form.name != "int8":
+        return _int4_product(x, parts["codes"], parts["scales"], form.group)
+    scales = int8_pairs(words(parts["scales"], torch.int16), parts["steps"], scratch)
+    low, high = (_int4_product(x, parts[plane], scales, form.group) for plane in ("low", "high"))
+    return low.add_(high, alpha=16)
+
+
+def _int4_product(x: Tensor, codes: Tensor, scales: Tensor, group: int) -> Tensor:
     if int4_tile_rows() == ROWS:
-        return cast(Tensor, aten._weight_int4pack_mm_for_cpu(x, codes.view(rows, columns // 2), group, scales))
-    return _by_halves(x, codes, group, scales)
+        return cast(Tensor, aten._weight_int4pack_mm_for_cpu(x, codes.view(-1, x.shape[1] // 2), group, scales))
+    return _by_halves(x, codes, scales, group)
 
 
-def _by_halves(x: Tensor, codes: Tensor, group: int, scales: Tensor) -> Tensor:
+def _by_halves(x: Tensor, codes: Tensor, scales: Tensor, group: int) -> Tensor:
     """The int4 product of a kernel that reads tiles of 32 rows.
 
     What is one column to us, 32 bytes, is two columns to it. The first half of these bytes are then 32 rows with zeros

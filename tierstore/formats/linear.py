@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tierstore.errors import DeviceError
+from tierstore.formats.bf16 import Bf16
 from tierstore.formats.cpu import arithmetic, choose, int4_tile_rows, packed_product
 from tierstore.formats.format import Format, Parts, matrices_of
 from tierstore.formats.fp4 import Fp4
@@ -100,9 +101,11 @@ def _on_device(x: Tensor, form: Format, parts: Parts, n: int, k: int, scratch: S
             f"weights packed as {form.name} are multiplied on cpu and cuda devices, as those of every format are, not "
             f"on {x.device}: move the module to one of these, or keep its weights unpacked"
         )
+    if isinstance(form, Bf16) and x.dtype is torch.bfloat16:
+        return torch.nn.functional.linear(x, parts["codes"])
     operation, names = MATMULS.get(type(form), ("", ()))
     matmul = _kernel(operation)
-    if matmul is None:
+    if matmul is None or x.dtype is torch.float64:
         return by_tiles(x, form, parts, n, k, x.dtype, scratch)
     grouping = (form.group,) if isinstance(form, Int4) else ()
     return cast(Tensor, matmul(x, *(parts[name] for name in names), n, *grouping))

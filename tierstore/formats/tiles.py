@@ -37,6 +37,8 @@ until the next call."""
 Prepare = Callable[[int], Unpack]
 """For a number of rows at a time. Buffers are taken and shaped here, once, and not for every tile."""
 
+Fill = Callable[[slice], None]
+
 
 def tiles(
     form: Format, parts: Parts, n: int, k: int, dtype: torch.dtype, scratch: Scratch
@@ -64,8 +66,8 @@ def tiles(
 
 def _like(values: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
     if values.is_contiguous():
-        return scratch.take("rounded", values.shape, dtype, values.device)
-    return scratch.take("rounded", values.T.shape, dtype, values.device).T
+        return scratch.take("rounded", tuple(values.shape), dtype, values.device)
+    return scratch.take("rounded", tuple(values.T.shape), dtype, values.device).T
 
 
 def _slowly(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Prepare:
@@ -78,10 +80,9 @@ def _bf16(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Prepa
 
 def _int4(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Prepare:
     codes = words(parts["codes"], torch.int64)
-    scale, zero = int4_scales(parts["scales"], scratch)
-    scale.mul_(1 / 16)  # codes come out in the upper halves of bytes
+    pairs = words(parts["scales"], torch.int32)[..., 0]
 
-    def signed(low: Tensor, high: Tensor) -> Callable[[slice], None]:
+    def prepare_codes(low: Tensor, high: Tensor) -> Fill:
         def fill(blocks: slice) -> None:
             torch.bitwise_xor(codes[blocks], _bytes(0x88), out=high)  # as a number with a sign, a nibble q is q - 8 now
             torch.bitwise_left_shift(high, 4, out=low)
@@ -90,16 +91,19 @@ def _int4(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Prepa
 
         return fill
 
-    return _turned(signed, scale, zero, form.group, scratch)
+    def scales(blocks: slice) -> tuple[Tensor, Tensor]:
+        scale, zero = int4_scales(pairs[:, blocks.start * ROWS : blocks.stop * ROWS], scratch)
+        return scale.mul_(1 / 16), zero  # the codes are in the upper halves of bytes
+
+    return _turned(prepare_codes, scales, form.group, parts["codes"], scratch)
 
 
 def _int8(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Prepare:
     lower, upper = (words(parts[plane], torch.int64) for plane in ("low", "high"))
-    scale, zero = int8_scales(parts["scales"], parts["steps"], scratch)
-    zero.mul_(PLANES).add_(scale, alpha=128 - MIDDLE)  # codes come out less 128, which a byte with a sign can hold
+    scale_codes, steps = words(parts["scales"], torch.int16), parts["steps"]
 
-    def signed(low: Tensor, high: Tensor) -> Callable[[slice], None]:
-        spare = scratch.take("nibbles", low.shape, low.dtype, low.device)
+    def prepare_codes(low: Tensor, high: Tensor) -> Fill:
+        spare = scratch.take("nibbles", tuple(low.shape), low.dtype, low.device)
 
         def fill(blocks: slice) -> None:
             torch.bitwise_and(lower[blocks], _bytes(0x0F), out=low)
@@ -111,41 +115,44 @@ def _int8(form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Prepa
 
         return fill
 
-    return _turned(signed, scale, zero, form.group, scratch)
+    def scales(blocks: slice) -> tuple[Tensor, Tensor]:
+        scale, zero = int8_scales(scale_codes[blocks], steps[blocks.start * ROWS : blocks.stop * ROWS], scratch)
+        return scale, zero.mul_(PLANES).add_(scale, alpha=128 - MIDDLE)  # bytes with a sign hold the codes less 128
+
+    return _turned(prepare_codes, scales, form.group, parts["low"], scratch)
 
 
 def _turned(
-    signed: Callable[[Tensor, Tensor], Callable[[slice], None]],
-    scale: Tensor,
-    zero: Tensor,
+    prepare_codes: Callable[[Tensor, Tensor], Fill],
+    scales: Callable[[slice], tuple[Tensor, Tensor]],
     group: int,
+    tile64: Tensor,
     scratch: Scratch,
 ) -> Prepare:
     """``code * scale + zero`` for codes in ``tile64``, which stand column by column, and so will the values.
 
-    ``signed(low, high)`` gives what fills these two, [blocks, k * 4] of int64, for some blocks of 64 rows: with codes
-    as bytes with a sign, those of the lower 32 rows of each block and those of the upper.
+    ``prepare_codes(low, high)`` gives what fills these two, int64 [blocks, kp * 4], for some blocks of 64 rows: with
+    codes as bytes with a sign, those of the lower 32 rows of each block and those of the upper. ``scales`` gives
+    (scale, zero) of these blocks, float32 [kp / group, rows].
     """
-    groups, device = scale.shape[0], scale.device
-    k = groups * group
-    scale, zero = scale[:, None], zero[:, None]
+    k, device = tile64.shape[1] // HALF, tile64.device
 
     def prepare(rows: int) -> Unpack:
         count = align_up(rows, ROWS) // ROWS
         codes = scratch.take("codes", (2, count, k * HALF // 8), torch.int64, device)
         values = scratch.take("values", (k, count, 2, HALF), torch.float32, device)
-        fill = signed(codes[0], codes[1])
-        columns, grouped, tile = codes.view(torch.int8).view(2, count, k, HALF), values.view(groups, group, -1), values
+        fill, columns = prepare_codes(codes[0], codes[1]), codes.view(torch.int8).view(2, count, k, HALF)
         # Copies of two axes each take a third of the time of one with four.
         copies = [(values[:, block, half], columns[half, block]) for block in range(count) for half in (0, 1)]
-        tile = values.view(k, -1).T
+        grouped, tile = values.view(k // group, group, -1), values.view(k, -1).T
 
         def unpack(first: int) -> Tensor:
-            fill(slice(first // ROWS, first // ROWS + count))
-            for into, bytes_ in copies:
-                into.copy_(bytes_)
-            there = slice(first, first + count * ROWS)
-            torch.addcmul(zero[:, :, there], grouped, scale[:, :, there], out=grouped)
+            blocks = slice(first // ROWS, first // ROWS + count)
+            fill(blocks)
+            for into, those in copies:
+                into.copy_(those)
+            scale, zero = scales(blocks)
+            torch.addcmul(zero[:, None], grouped, scale[:, None], out=grouped)
             return tile
 
         return unpack
