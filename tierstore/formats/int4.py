@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from tierstore.extents import align_up
-from tierstore.formats.blocks import Blocks
+from tierstore.formats.blocks import Blocks, zero_parts
 from tierstore.formats.format import Parts
 from tierstore.formats.search import affine4
-from tierstore.formats.tile64 import HALF, ROWS, tile_of_columns
+from tierstore.formats.tile64 import HALF, tile_of_columns
 from tierstore.kernels.int4_matmul import reference
+from tierstore.kernels.int4_matmul.reference import ROWS
 from tierstore.tensors import TensorSpec
 
 
@@ -34,10 +35,7 @@ class Int4:
         )
 
     def pack(self, matrix: Tensor) -> dict[str, Tensor]:
-        parts = {
-            part.name: matrix.new_zeros(part.shape, dtype=getattr(torch, part.dtype))
-            for part in self.parts(*matrix.shape)
-        }
+        parts = zero_parts(self.parts(*matrix.shape), matrix)
         blocks = Blocks(matrix, self.group)
         for block in blocks:
             values = blocks.columns(block)

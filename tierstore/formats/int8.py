@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from tierstore.extents import align_up
-from tierstore.formats.blocks import Blocks
+from tierstore.formats.blocks import Blocks, zero_parts
 from tierstore.formats.format import Parts
 from tierstore.formats.search import TOP_CODE, affine8, needed_step
-from tierstore.formats.tile64 import HALF, ROWS, tile_of_columns
+from tierstore.formats.tile64 import HALF, tile_of_columns
+from tierstore.kernels.int4_matmul.reference import ROWS
 from tierstore.kernels.int8_matmul import reference
 from tierstore.kernels.int8_matmul.reference import GROUP
 from tierstore.tensors import TensorSpec
@@ -40,14 +41,11 @@ class Int8:
         )
 
     def pack(self, matrix: Tensor) -> dict[str, Tensor]:
-        parts = {
-            part.name: matrix.new_zeros(part.shape, dtype=getattr(torch, part.dtype))
-            for part in self.parts(*matrix.shape)
-        }
+        parts = zero_parts(self.parts(*matrix.shape), matrix)
         blocks = Blocks(matrix, GROUP)
-        scales = parts["scales"].unflatten(1, (-1, ROWS, 2)) if matrix.numel() else parts["scales"]
         for number in blocks.numbers():
             low, high = blocks.ranges(number)
+            scales = parts["scales"][number].view(-1, ROWS, 2)
             steps = needed_step(low, high).amax(0) / TOP_CODE
             parts["steps"][number * ROWS : (number + 1) * ROWS, 0] = steps
             for block in blocks.across(number):
@@ -58,8 +56,8 @@ class Int8:
                 there = slice(block.start * HALF, block.stop * HALF)
                 parts["high"][number, there] = tile_of_columns(whole >> 4)
                 parts["low"][number, there] = tile_of_columns(whole & 15)
-                scales[number, block.groups, :, 0] = scale_codes
-                scales[number, block.groups, :, 1] = zero_codes
+                scales[block.groups, :, 0] = scale_codes
+                scales[block.groups, :, 1] = zero_codes
         return parts
 
     def unpack(self, parts: Parts, n: int, k: int, *, start: int = 0, stop: int | None = None) -> Tensor:

@@ -14,8 +14,12 @@ from tierstore.formats.small_floats import squares_
 from tierstore.kernels.int8_row_matmul import reference
 from tierstore.tensors import TensorSpec
 
-SHARES = (1.0, 0.99, 0.97, 0.94, 0.9, 0.85)
-"""How much of a row's range the codes are laid over. In long rows a few values at the end are worth less than steps."""
+SHARES = (129 / 127, 128 / 127, 1.0, 0.99, 0.97, 0.94, 0.9, 0.85)
+"""How much of a row's range the codes are laid over: a few values at the end of a long row are worth less than finer
+steps. Those above 1 make room at the shorter side of the codes and for the rounding of the scale."""
+
+LARGEST = torch.finfo(torch.bfloat16).max / 128
+"""The largest scale with which no code overflows."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def best_row_scales(tile: Tensor) -> Tensor:
     unit = inverse(torch.where(end.abs() < TINY, 0.0, end))
     best, least = torch.zeros_like(end), torch.full_like(end, torch.inf)
     for share in SHARES:
-        scale = as_bfloat16(end * (-share / 128))
+        scale = as_bfloat16(end * (-share / 128)).clamp_(-LARGEST, LARGEST)
         wrong = codes_of(tile, scale).mul_(scale * unit).addcmul_(tile, unit, value=-1)
         errors = squares_(wrong, 1)
         best, least = torch.where(errors < least, scale, best), torch.minimum(errors, least)

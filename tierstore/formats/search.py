@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tierstore.kernels.int8_matmul.reference import MIDDLE, PLANES
+from tierstore.kernels.int8_matmul.reference import MIDDLE, PLANES, ZERO_DIVISOR
 
 Scratch = tuple[Tensor, Tensor]
 """Two tensors like the values, to be overwritten: memory that is reused need not be touched for the first time."""
@@ -26,6 +26,8 @@ REFITS = 1
 
 COARSER = range(-1, 11)
 """How many codes above the one that covers its range a group of 8-bit codes tries for its scale."""
+ZERO_STEPS = ZERO_DIVISOR // PLANES
+"""Zero codes a scale. Each of as many neighbours is tried, as they lay the codes differently between the values."""
 TOP_CODE = 245
 """The scale code that covers the widest range of a row. Those up to 255 are left to be tried."""
 LEAST, MOST = -MIDDLE, 255 - MIDDLE
@@ -66,10 +68,10 @@ def affine4(values: Tensor, low: Tensor, high: Tensor, scratch: Scratch) -> tupl
     # Now values lie in [-1, 1], so that no sum of squares overflows or cancels, whatever the weights are.
     values.sub_(centre[:, None]).mul_(inverse(half)[:, None])
     fit = Fit4(values, centre, half, scratch)
-    best = fit.best(*fit.covering(CLIPS))
+    scale, zero = fit.best(*fit.covering(CLIPS))
     for _ in range(REFITS):
-        best = fit.best(*(part[None] for part in best))
-    return fit.codes(*fit.in_units(*best)).add_(8), *best
+        scale, zero = fit.best(scale[None], zero[None])
+    return fit.codes(*fit.in_units(scale, zero)).add_(8), scale, zero
 
 
 class Fit4:
@@ -127,7 +129,7 @@ class Fit4:
 
 def needed_step(low: Tensor, high: Tensor) -> Tensor:
     """The least scale with which 256 codes and some zero code reach from ``low`` to ``high``."""
-    far = torch.maximum(high / (MOST + 127), low / (LEAST - 128))
+    far = torch.maximum(high / (MOST + 127 / ZERO_STEPS), low / (LEAST - 128 / ZERO_STEPS))
     need = torch.maximum((high - low) / 255, far)
     return torch.where(need < TINY, 0.0, need)
 
@@ -142,13 +144,10 @@ def affine8(
     With so many codes the error of a group is mere chance, and a scale a few codes coarser costs less than the best of
     a dozen draws gains: a sixth of the squared error.
     """
-    first = torch.ceil(needed_step(low, high) * inverse(steps))
-    shifts = torch.arange(COARSER.start, COARSER.stop, device=first.device)[:, None, None]
-    scale_codes = (first + shifts).clamp_(1, 255)
+    scale_codes, zero_codes = candidates8(low, high, steps)
     scales = as_bfloat16(steps * scale_codes)
     factors = inverse(scales)
-    zero_codes = ((low + high) * 0.5 * factors - (LEAST + MOST) / 2).round_().clamp_(-128, 127)
-    offsets = MIDDLE - as_bfloat16(scales * zero_codes / PLANES) * PLANES * factors
+    offsets = MIDDLE - as_bfloat16(scales * zero_codes / ZERO_DIVISOR) * PLANES * factors
     codes, rounded = scratch
     errors = torch.empty_like(scales)
     for number in range(len(errors)):
@@ -159,3 +158,19 @@ def affine8(
     scale_code, zero_code, factor, offset = best_of(errors, scale_codes, zero_codes, factors, offsets)
     torch.addcmul(offset[:, None], values, factor[:, None], out=codes)
     return codes.round_().clamp_(0, 255), scale_code, zero_code.add_(128)
+
+
+def candidates8(low: Tensor, high: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale codes, and zero codes less 128, [candidates, groups, 64], that cover the range or nearly so."""
+    first = torch.ceil(needed_step(low, high) * inverse(steps))
+    coarser = torch.arange(COARSER.start, COARSER.stop, device=first.device)[:, None, None]
+    scale_codes = (first + coarser).clamp_(1, 255)
+    factors = inverse(as_bfloat16(steps * scale_codes))
+    middle = (low + high) * 0.5 * factors - (LEAST + MOST) / 2
+    # Where the codes leave room the zero is drawn towards zero, so that a group of zeros is packed exactly.
+    room = (254 - (high - low) * factors).clamp_(min=0) / 2
+    exact = (middle - torch.clamp(middle, -room, room)) * ZERO_STEPS
+    nearest = exact.round()
+    side = torch.where(exact < nearest, -1, 1)
+    zero_codes = [(nearest + number * side).clamp_(-128, 127) for number in range(ZERO_STEPS)]
+    return scale_codes.repeat(ZERO_STEPS, 1, 1), torch.cat(zero_codes)
