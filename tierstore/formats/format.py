@@ -15,7 +15,7 @@ MATRIX_FROM = 32
 """A last axis of at least this many elements is the input axis of a matrix; a shorter one (a convolution's) is not."""
 
 Parts = Mapping[str, Tensor]
-"""A packed matrix: plain tensors by part name, such as ``codes`` and ``scales``. With axes in front, a stack of them."""
+"""A packed matrix: tensors by part name, such as ``codes`` and ``scales``. With axes in front, a stack of them."""
 
 
 class Format(Protocol):
