@@ -104,7 +104,7 @@ def _at(tensor: Tensor, draw: Any) -> tuple[int, int]:
     return axis, draw(st.integers(0, tensor.size(axis) - 1))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_views_show_what_views_of_the_plain_one_show(data: st.DataObject) -> None:
     form = data.draw(st.sampled_from(["int8", "int4", "fp8", "fp4"]))

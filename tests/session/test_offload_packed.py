@@ -66,8 +66,13 @@ def store(tmp_path: Path) -> Path:
 # ---- the way there and back
 
 
-@pytest.mark.parametrize("form", ["int8", "int8-row", "int4", "fp8", "fp4", "mxfp4", "bf16"])
-@pytest.mark.parametrize("share", [0.3, 0.7, 100])
+@pytest.mark.parametrize(
+    ("form", "share"),
+    [
+        *[("int8", 0.3), ("int8", 0.7), ("int8", 100), ("int4", 0.3), ("int4", 0.7), ("int4", 100), ("fp8", 0.3)],
+        *[("fp4", 0.7), ("int8-row", 100), ("mxfp4", 0.3), ("bf16", 0.7)],
+    ],
+)
 def test_it_runs_packed_and_comes_back(form: str, share: float, store: Path) -> None:
     module = layers()
     before, values, plain = shape_of(module), values_of(module), kept(layers(), form)
@@ -435,7 +440,6 @@ def test_closing_twice_and_an_exception_in_the_middle(store: Path) -> None:
     assert same(module, values)
 
 
-@pytest.mark.parametrize("hbm", [40_000, 1 << 30])
 @pytest.mark.parametrize(
     "write",
     [
@@ -448,19 +452,20 @@ def test_closing_twice_and_an_exception_in_the_middle(store: Path) -> None:
         lambda m: m.requires_grad_(True),
     ],
 )
-def test_writes_and_conversions_are_refused(hbm: int, write: Callable[[Any], object], store: Path) -> None:
-    module, plain = layers(), kept(layers(), "int8")
+def test_writes_and_conversions_are_refused(write: Callable[[Any], object], store: Path) -> None:
     x = torch.randn(2, SIZE)
-    with offload(module, Budget(hbm), format="int8", store=store, device="cpu"), torch.no_grad():
-        module(x)
-        with pytest.raises(ModuleError, match=r"int8|offloaded"):
-            write(module)
-        assert same(module, values_of(plain))
-        assert close(module(x), plain(x))
-        assert module.float() is module
-        assert module.to("cpu") is module
-    module.half()
-    assert module[0].weight.dtype is torch.float16
+    for hbm in (22_000, 1 << 30):
+        module, plain = layers(2), kept(layers(2), "int8")
+        with offload(module, Budget(hbm), format="int8", store=store, device="cpu"), torch.no_grad():
+            module(x)
+            with pytest.raises(ModuleError, match=r"int8|offloaded"):
+                write(module)
+            assert same(module, values_of(plain))
+            assert close(module(x), plain(x))
+            assert module.float() is module
+            assert module.to("cpu") is module
+        module.half()
+        assert module[0].weight.dtype is torch.float16
 
 
 def test_packed_twice_is_packed_once(store: Path) -> None:

@@ -22,6 +22,7 @@ from tests.zoo.runner import LEAST, Need, Setting, budget_of, shape_of
 from tests.zoo.test_transformers import MODELS, Keyed
 from tierstore import Budget, Session, offload
 from tierstore.backends import Backend
+from tierstore.binding.inventory import find_entries
 from tierstore.formats.packed import PackedTensor
 from tierstore.testing.adversary import adversary
 
@@ -61,19 +62,17 @@ CLOSE = (
     "float64",
     "LSTM",
     "GRU bidirectional",
-    "LSTM bfloat16",
     "LSTMCell",
     "PackedLSTM",
     "MultiheadAttention",
-    "MultiheadAttention kdim",
+    "MultiheadAttention fast",
     "TransformerEncoderLayer",
-    "TransformerDecoder",
+    "PaddedEncoder",
     "Transformer",
     "AdaptiveSoftmax",
     "Lists",
     "weight_norm",
     "spectral_norm",
-    "custom parametrization",
     "HooksReadWeights",
     "TiedEmbedding",
     "TiedBlocks",
@@ -128,7 +127,7 @@ def ask(module: nn.Module, of: Entry) -> Iterator[Outcome]:
     inputs = seeded(of.inputs)
     module.eval()
     for mode in (torch.no_grad, torch.inference_mode):
-        for number, args in enumerate([*inputs, *inputs]):
+        for number, args in enumerate([*inputs, inputs[0]]):
             with mode():
                 torch.manual_seed(7)
                 yield Outcome(f"{mode.__name__} {number}", module(*copy.deepcopy(args)))
@@ -167,13 +166,14 @@ def need_of(build: Callable[[], nn.Module], formats: dict[str, str]) -> Need:
     """All packed bytes, and an upper bound of what one operation uses: the tensors of a module, without its children's,
     or all of those that torch fuses."""
     module = seeded(build)
+    staying = sum(entry.tensor.nbytes for entry in find_entries(module) if entry.stays)
     with offload(module, Budget(1 << 30), formats=formats, device="cpu") as session:
         fused = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
         steps = [
             sum(map(nbytes_of, {id(t): t for t in tensors_of(child, recurse=isinstance(child, fused))}.values()))
             for child in module.modules()
         ]
-        return Need(session.report().peak_bytes["hbm"], 0, max(steps))
+        return Need(session.report().peak_bytes["hbm"] - staying, staying, max(steps))
 
 
 def tensors_of(module: nn.Module, *, recurse: bool) -> list[Tensor]:
@@ -225,7 +225,7 @@ def examine(
         report = session.report()
         if report.peak_bytes["hbm"] > budget.hbm:
             problems.append(f"peak of hbm {report.peak_bytes['hbm']} is over {budget.hbm}")
-        if need.movable > budget.hbm and not report.bytes_moved:
+        if need.movable + need.staying > budget.hbm and not report.bytes_moved:
             problems.append("no byte moved")
     after = shape_of(module)
     problems += [f"{key}: {before[key]} became {after.get(key)}" for key in before if before[key] != after.get(key)]

@@ -25,6 +25,9 @@ from tierstore.formats.packed import PackedTensor, attributes_of, packed_paramet
 from tierstore.formats.scratch import Scratch
 from tierstore.tensors import TensorSpec
 
+FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules that compute all at once where no tensor of theirs overrides functions, with another outcome for padding."""
+
 Source = Callable[[], Tensor]
 """Makes the bytes of a tensor in host memory: 1-D uint8."""
 
@@ -66,6 +69,7 @@ class PackedWeights:
         self._weights: list[_Weight] = []
         found = _find(module)
         chosen = choose_formats([candidate.described for candidate in found], default, patterns)
+        fused = {id(p) for child in module.modules() if isinstance(child, FUSED) for p in child.parameters()}
         scratch = Scratch()
         for candidate in found:
             name, described = candidate.entry.name, candidate.described
@@ -78,7 +82,8 @@ class PackedWeights:
             if why_not:
                 self._notes.append(f"{name} is not packed: {why_not}")
                 continue
-            self._weights.append(_pack(candidate.entry, format, scratch, device))
+            unseen = id(candidate.entry.tensor) in fused
+            self._weights.append(_pack(candidate.entry, format, scratch, device, unseen=unseen))
             self._owners += [location.owner for location in candidate.entry.locations]
 
     def notes(self) -> list[str]:
@@ -192,7 +197,7 @@ def _clash(entry: Entry, format: str) -> str:
     return f"it has an attribute {min(taken)!r}, which is the name of a part of {format}" if taken else ""
 
 
-def _pack(entry: Entry, format: str, scratch: Scratch, device: torch.device) -> _Weight:
+def _pack(entry: Entry, format: str, scratch: Scratch, device: torch.device, *, unseen: bool) -> _Weight:
     tensor = entry.tensor
     assert isinstance(tensor, nn.Parameter)
     form = format_named(format)
@@ -202,7 +207,7 @@ def _pack(entry: Entry, format: str, scratch: Scratch, device: torch.device) -> 
     except ModuleError as error:
         raise ModuleError(f"{entry.name}: {error}") from error
     shape = tuple(tensor.shape)
-    packed = packed_parameter(form, parts, shape, tensor.dtype, scratch, device=device)
+    packed = packed_parameter(form, parts, shape, tensor.dtype, scratch, device=device, unseen=unseen)
     return _Weight(
         entry.name, tensor, packed, format, shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
     )

@@ -36,13 +36,18 @@ def packed_parameter(
     scratch: Scratch,
     *,
     device: torch.device | None = None,
+    unseen: bool = False,
 ) -> nn.Parameter:
     """A ``PackedTensor`` that is a parameter, of ``shape`` and ``dtype``, over ``parts`` that ``form`` gave for it.
 
     They may be on meta. ``device`` is where it seems to be and its parts will be: by default, where they are.
+    ``unseen`` is for modules whose Python code takes another path where a tensor overrides functions, such as
+    ``nn.MultiheadAttention``: it is met at the dispatcher only.
     """
     where = device or next(iter(parts.values())).device
-    made = PackedTensor(parts, whole_view(Packing.of(form, tuple(shape), dtype, scratch), where))
+    made = (UnseenPackedTensor if unseen else PackedTensor)(
+        parts, whole_view(Packing.of(form, tuple(shape), dtype, scratch), where)
+    )
     made.__dict__[_IS_PARAMETER] = True
     return cast(nn.Parameter, made)
 
@@ -94,7 +99,7 @@ class PackedTensor(Packed, Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch's stubs are narrower than torch
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return operate(func, args, kwargs or {}, PackedTensor)
+        return operate(func, args, kwargs or {}, cls)
 
     def __tensor_flatten__(self: Any) -> tuple[list[str], PackedView]:
         view = self.__dict__[KEY]
@@ -157,7 +162,7 @@ class PackedTensor(Packed, Tensor):
             view: PackedView = self.__dict__[KEY]
             scratch = memo.setdefault(id(view.packing.scratch), Scratch())
             parts = {name: copy.deepcopy(part, memo) for name, part in self.parts.items()}
-            memo[id(self)] = twin = PackedTensor(parts, view.of(replace(view.packing, scratch=scratch)))
+            memo[id(self)] = twin = type(self)(parts, view.of(replace(view.packing, scratch=scratch)))
             others = {name: value for name, value in self.__dict__.items() if name not in twin.__dict__}
             twin.__dict__.update(copy.deepcopy(others, memo))
         return memo[id(self)]
@@ -186,6 +191,12 @@ class PackedTensor(Packed, Tensor):
 
     def share_memory_(self: Any) -> Any:
         raise _no_memory("share_memory_()", self)
+
+
+class UnseenPackedTensor(PackedTensor):
+    """One that torch's Python code takes for a plain tensor."""
+
+    __torch_function__ = cast(Any, torch._C)._disabled_torch_function_impl
 
 
 def attributes_of(packed: Tensor) -> tuple[str, ...]:
