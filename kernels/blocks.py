@@ -36,8 +36,8 @@ class Blocks:
 def blocks_of_rows(m: int, n: int, k: int, *, exact: bool) -> Blocks:
     """Blocks, none of them empty, of [m, k] by weights [n, k] that are stored row by row.
 
-    ``exact`` products are those of float32, which tensor cores do not make. All blocks were chosen by what the compiler
-    says of them: no registers spilled, and at most 64 KiB of shared memory.
+    ``exact`` products are those of float32, which tensor cores do not make. Blocks were chosen by what the compiler
+    makes of them: instructions for each weight, no registers spilled in the loop, and at most 64 KiB of shared memory.
     """
     if m == 1:
         return Blocks(1, 16, 512, 4).split(m, n, k, enough=1024)

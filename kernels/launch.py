@@ -49,10 +49,9 @@ def load_columns(
 @triton.jit
 def store_block(out: tl.tensor, sums: tl.tensor, first: tl.tensor, row: tl.tensor, m: tl.tensor, n: tl.tensor) -> None:
     """``sums`` [n rows, m rows] into its place, from (``first``, ``row``) on, in ``out`` [splits, m, n]."""
-    rows = row + tl.arange(0, sums.shape[0])[:, None]
-    places = first + tl.arange(0, sums.shape[1])[None, :]
-    where = (tl.program_id(1).to(tl.int64) * m + places) * n + rows
-    tl.store(out + where, sums.to(out.dtype.element_ty), mask=(rows < n) & (places < m))
+    rows, places = tl.arange(0, sums.shape[0])[:, None], tl.arange(0, sums.shape[1])[None, :]
+    start = out + (tl.program_id(1).to(tl.int64) * m + first) * n + row
+    tl.store(start + (places * n + rows), sums.to(out.dtype.element_ty), mask=(row + rows < n) & (first + places < m))
 
 
 def launch(one_row: Any, many_rows: Any, x: Tensor, parts: Any, n: int, blocks: Blocks, **constants: Any) -> Tensor:

@@ -305,7 +305,7 @@ def test_every_card_has_room(
         on_a_card(case.operation, torch.zeros(m, k, dtype=dtype), *parts, n, *case.more)
     assert made
     for kernel in made:
-        assert kernel.metadata.shared <= 99 << 10, "cards of compute capability 8.6 have less shared memory"
+        assert kernel.metadata.shared <= 64 << 10, "some cards have little more shared memory than that"
 
 
 def on_a_card(operation: str, *arguments: Tensor | int) -> Tensor:
