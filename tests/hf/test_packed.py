@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -14,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import tierstore
+from tests.hf.test_checkpoint import OWN_CODE, change_config
 from tests.hf.zoo import ZOO, named_tensors, save, tiny
 from tierstore import Budget
 from tierstore.backends import Backend, backend_for
@@ -286,7 +288,7 @@ def test_dtype_is_the_one_that_was_packed(tmp_path: Path, make: Make, opened: An
     for dtype in (None, "auto", "float32", torch.float32):
         module = opened(tmp_path / "out", dtype=dtype).module
         assert {p.dtype for p in module.parameters()} == {torch.float32}
-    with pytest.raises(CheckpointError, match="packed from float32 weights, dtype='bfloat16' .* --dtype bfloat16"):
+    with pytest.raises(CheckpointError, match=r"packed from float32 weights, dtype='bfloat16' .* --dtype bfloat16"):
         opened(tmp_path / "out", dtype=torch.bfloat16)
 
 
@@ -296,6 +298,25 @@ def test_another_class_than_the_usual_is_found_again(tmp_path: Path, opened: Any
     assert type(opened(tmp_path / "out").module) is transformers.Qwen2ForCausalLM
     with pytest.raises(CheckpointError, match=r"lacks 26 tensors of Qwen2Model: .* model_class is another"):
         opened(tmp_path / "out", model_class=transformers.Qwen2Model)
+
+
+def test_code_of_its_own_runs_when_asked(tmp_path: Path, opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "transformers_modules", raising=False)
+    checkpoint, out = save(tiny("LlamaForCausalLM"), tmp_path / "checkpoint"), tmp_path / "out"
+    file = checkpoint / "model.safetensors"
+    extra = {"extra.weight": torch.randn(64, 64).to(torch.bfloat16), "extra.bias": torch.ones(64).to(torch.bfloat16)}
+    save_file({**load_file(file), **extra}, file, metadata={"format": "pt"})
+    (checkpoint / "own.py").write_text(OWN_CODE)
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    change_config(checkpoint, model_type="own", auto_map=names)
+    pack(checkpoint, out, device="cpu", trust_remote_code=True)
+    packed = opened(out, trust_remote_code=True)
+    assert type(packed.module).__name__ == "OwnForCausalLM"
+    assert "extra.weight" in packed.packed
+    with pytest.raises(CheckpointError, match="trust_remote_code=True"):
+        opened(out)
 
 
 class TestOtherModels:
@@ -309,29 +330,25 @@ class TestOtherModels:
             copied.mkdir(parents=True, exist_ok=True) if file.is_dir() else copied.write_bytes(file.read_bytes())
         return tmp_path
 
-    def change(self, out: Path, **changes: Any) -> None:
-        file = out / "config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
     def test_more_layers(self, out: Path, opened: Any) -> None:
-        self.change(out, num_hidden_layers=3)
+        change_config(out, num_hidden_layers=3)
         with pytest.raises(CheckpointError, match=r"lacks 9 tensors .*model\.layers\.2\."):
             opened(out)
 
     def test_fewer_layers(self, out: Path, opened: Any) -> None:
-        self.change(out, num_hidden_layers=1)
+        change_config(out, num_hidden_layers=1)
         with pytest.raises(CheckpointError, match=r"holds 9 tensors that LlamaForCausalLM has not: model\.layers\.1\."):
             opened(out)
 
     def test_other_shapes(self, out: Path, opened: Any) -> None:
-        self.change(out, vocab_size=128)
+        change_config(out, vocab_size=128)
         with pytest.raises(
             CheckpointError, match=r"embed_tokens.weight is bfloat16 \(96, 256\), .* needs .* \(128, 256\)"
         ):
             opened(out)
 
     def test_another_dtype(self, out: Path, opened: Any) -> None:
-        self.change(out, dtype="float32")
+        change_config(out, dtype="float32")
         with pytest.raises(CheckpointError, match=r"is bfloat16 .*, LlamaForCausalLM needs float32"):
             opened(out)
 

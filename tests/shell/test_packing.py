@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tierstore
+from tests.hf.test_gguf import write_gguf
 from tests.shell.test_cli import Ran
 from tierstore import Budget, cli, packing
 from tierstore.assembly import Progress
@@ -66,10 +67,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def use(store: Path) -> torch.Tensor:
-    with tierstore.load(store, Budget("4MiB"), device="cpu") as session:
-        with torch.no_grad():
-            return session.module(PROMPT).logits  # type: ignore[no-any-return]
+def use(model: Path, **how: Any) -> torch.Tensor:
+    with tierstore.load(model, Budget("4MiB"), device="cpu", **how) as session, torch.no_grad():
+        return session.module(PROMPT).logits  # type: ignore[no-any-return]
 
 
 # ---- what users do
@@ -134,6 +134,25 @@ def test_what_goes_along_with_the_weights(tiny_checkpoint: Path, tmp_path: Path)
     assert not names & {"own.py", "pytorch_model.bin", "x.index.json", "model.safetensors", "notes.md"}
     pack(checkpoint, tmp_path / "trusted", format="keep", device="cpu", trust_remote_code=True)
     assert (tmp_path / "trusted" / "own.py").exists()
+
+
+def test_a_gguf_is_imported_and_packed(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.Q8_0.gguf")
+    done = pack(file, tmp_path / "out", format="keep", device="cpu", store=tmp_path / "imported")
+    assert any("was imported to" in note for note in done.notes)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert torch.equal(use(tmp_path / "out"), use(file, store=tmp_path / "imported"))
+
+
+def test_on_a_terminal_a_bar_says_how_far_it_is(
+    run: Any, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    ran = run("pack", tiny_checkpoint, tmp_path / "out", "--format", "keep", "--device", "cpu")
+    assert "MiB" in ran.err
+    assert "lm_head.weight" in ran.err
+    assert ran.out.startswith(str(tmp_path / "out"))
+    assert "verifying" in run("verify", tmp_path / "out").err
 
 
 def test_a_kept_checkpoint_gives_the_same_numbers(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -305,7 +324,7 @@ def test_a_checkpoint_that_lacks_weights(tiny_checkpoint: Path, tmp_path: Path) 
     with pytest.raises(tierstore.errors.StoreError):
         pack(checkpoint, tmp_path / "out", device="cpu")
     (checkpoint / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="no config.json"):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
         pack(checkpoint, tmp_path / "out", device="cpu")
 
 

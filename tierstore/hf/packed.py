@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def open_packed(
         forms = {name: format_named(entry.format) for name, entry in entries.items() if entry.format != KEEP}
         _install(module, forms, device)
         pieces = {name: store.pieces(name) for name in store.specs}
-        return Checkpoint(module, pieces, store, ready, (), path, packed=forms)
+        return Checkpoint(module, pieces, store, ready, tuple(_notes(forms)), path, packed=forms)
     except BaseException:
         store.close()
         raise
@@ -142,6 +143,12 @@ def _install(module: nn.Module, forms: Mapping[str, Format], device: torch.devic
         for key, held in list(owner._parameters.items()):
             if id(held) in made:
                 owner._parameters[key] = made[id(held)]
+
+
+def _notes(forms: Mapping[str, Format]) -> Iterator[str]:
+    count = Counter(form.name for form in forms.values())
+    if count:
+        yield f"packed weights: {', '.join(f'{number} as {name}' for name, number in count.most_common())}"
 
 
 def _untie(module: Any, kept: Collection[str]) -> None:
