@@ -38,6 +38,9 @@ MATMULS: Mapping[type, tuple[str, tuple[str, ...]]] = {
 }
 """The folder of ``kernels/`` for each format, and the parts in the order that its ``matmul`` takes them."""
 
+LEAST_CAPABILITY = (8, 0)
+"""Cards below it have too little shared memory for the kernels' tiles."""
+
 
 def linear(x: Tensor, form: Format, parts: Parts, n: int, k: int, bias: Tensor | None, scratch: Scratch) -> Tensor:
     """``F.linear`` of ``x`` [..., k] with the matrix [n, k] of ``parts`` and ``bias`` [n]: [..., n], contiguous.
