@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from tierstore.formats.packed import PackedTensor
 from tierstore.hf.checkpoint import Checkpoint
 from tierstore.hf.packed import open_packed
 from tierstore.hf.source import open_source
+from tierstore.measuring import SLOWEST_COMPUTE, measure_compute
 from tierstore.packing import pack
 from tierstore.stores.manifest import KEEP
 from tierstore.stores.packed import PackedStore
@@ -242,6 +243,27 @@ def test_resident_weights_stay_packed_and_are_counted_so(make: Make) -> None:
         assert session.plan.share == 1
         assert session.plan.resident_nbytes[tierstore.Tier.HBM] == nbytes
         assert any(isinstance(parameter, PackedTensor) for parameter in session.module.parameters())
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_compute_is_measured_in_packed_bytes(form: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a plan for a large model believes of this machine: about as many weights a second as the machine has."""
+    _, out = make("LlamaForCausalLM", form, torch.float32)
+    budget = Budget(least(out))
+    asked: list[Any] = []
+
+    def measure(dtype: torch.dtype, device: torch.device, found: Any) -> float:
+        asked.append((dtype, found.name, measure_compute(dtype, device, found)))
+        return cast(float, asked[-1][-1])
+
+    monkeypatch.setattr("tierstore.loading.MEASURED_FROM", 0)
+    monkeypatch.setattr("tierstore.loading.measure_compute", measure)
+    with tierstore.load(out, budget, device="cpu") as session:
+        assert session.plan.bound
+    ((dtype, found, rate),) = asked
+    assert (dtype, found) == (torch.float32, form)
+    nbytes = sum(part.nbytes for part in FORMATS[form].parts(64, 2048))
+    assert rate >= SLOWEST_COMPUTE * nbytes / (64 * 2048 * 4)
 
 
 def test_rows_of_a_large_table_are_read_from_disk(tmp_path: Path) -> None:
