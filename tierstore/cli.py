@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tierstore.budget import Budget, format_nbytes
-from tierstore.errors import CheckpointError, DeviceError, StoreReadError, TierstoreError
+from tierstore.errors import DeviceError, StoreReadError, TierstoreError
 
 try:
     import typer
@@ -73,6 +73,7 @@ def generate(
         import torch
 
         import tierstore
+        from tierstore.hf.tokenizer import load_tokenizer
 
         opened = tierstore.load(
             checkpoint,
@@ -84,7 +85,7 @@ def generate(
         )
         with opened as session:
             progress.follow(session)
-            tokenizer = _tokenizer(session.checkpoint_path or checkpoint, trust_remote_code)
+            tokenizer = load_tokenizer(session.checkpoint_path or checkpoint, trust_remote_code)
             model: Any = session.module
             where = next(model.parameters()).device
             inputs = {name: value.to(where) for name, value in _encode(tokenizer, prompt, chat).items()}
@@ -207,20 +208,6 @@ def _torch_dtype(name: str | None) -> torch.dtype | None:
     if name is not None and not isinstance(dtype, torch.dtype):
         raise DeviceError(f"--dtype {name!r} is no dtype of torch: write one such as bfloat16, float16 or float32")
     return dtype
-
-
-def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} has no tokenizer that transformers can load ({error}): put its tokenizer files there"
-        ) from error
-    return tokenizer
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> Mapping[str, torch.Tensor]:
