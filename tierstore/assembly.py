@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
@@ -61,12 +61,14 @@ def assemble(
     device: torch.device,
     *,
     at_once: int,
+    stop: Callable[[], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Step]:
     """Write the units that are left: ``read`` gives a tensor by name, ``packer`` its parts, on ``device``.
 
     One tensor is being read, ``at_once`` packed, begun in the order of the plan, and one written: as many are in
     memory. Gives what the steps "read", "pack" and "write" did. Raises what any of them raises; whole units stay.
+    ``stop`` is called at the end, also an early one, before what is being packed is waited for.
     """
     steps = {"read": Step(), "pack": Step(), "write": Step()}
     left = writer.left
@@ -87,7 +89,10 @@ def assemble(
         _workers("pack", at_once) as presses,
         closing(_ahead(readers, read_one, todo, steps["read"])) as tensors,
         closing(_ahead(presses, pack_one, tensors, steps["pack"])) as packed,
+        ExitStack() as ending,
     ):
+        if stop is not None:
+            ending.callback(stop)
         for number in left:
             start, waited = time.perf_counter(), 0.0
             with writer.unit(number) as unit:
@@ -123,8 +128,8 @@ def relative_error(form: Format, parts: Parts, tensor: Tensor, scratch: Scratch)
         own = {name: part.reshape(-1, *part.shape[len(front) :])[number] for name, part in parts.items()}
         for first, values in tiles(form, own, n, k, torch.float32, scratch):
             rows = matrix[first : first + len(values)].float()
-            whole += float(torch.linalg.vector_norm(rows)) ** 2
-            wrong += float(torch.linalg.vector_norm(rows - values)) ** 2
+            whole += float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
+            wrong += float(torch.linalg.vector_norm(rows - values, dtype=torch.float64)) ** 2
     return sqrt(wrong / whole) if whole else 0.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
@@ -29,6 +30,9 @@ def pack(
         list[str] | None, typer.Option(help="A format for some weights: PATTERN=FORMAT. May be given often.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Cast the weights to this first, such as bfloat16.")] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="A text file to lessen the error on, such as what the model will read.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Where to pack, such as cuda:1 or cpu.")] = None,
     store: Annotated[Path | None, typer.Option(help="Where a .gguf is imported.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
@@ -45,6 +49,7 @@ def pack(
             format=form,
             formats=patterns,
             dtype=dtype,
+            calibrate=calibrate,
             device=device,
             store=store,
             trust_remote_code=trust_remote_code,
@@ -52,10 +57,13 @@ def pack(
         )
     if as_json:
         steps = {name: {"nbytes": s.nbytes, "seconds": s.seconds} for name, s in done.steps.items()}
-        said = {"path": str(done.path), "nbytes": done.nbytes, "source_nbytes": done.source_nbytes}
-        print(json.dumps({**said, "ratio": done.ratio, "seconds": done.seconds, "steps": steps, "bound": done.bound}))
+        said = {"path": str(done.path), "nbytes": done.nbytes, "source_nbytes": done.source_nbytes, "ratio": done.ratio}
+        run = {"seconds": done.seconds, "steps": steps, "bound": done.bound, "notes": done.notes}
+        print(json.dumps({**said, **run}))
     else:
         print(done)
+        for note in done.notes:
+            print(note, file=sys.stderr)
 
 
 def verify(

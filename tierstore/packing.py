@@ -8,22 +8,25 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from tierstore import __version__
 from tierstore.assembly import Progress, Step, assemble, nbytes_before
 from tierstore.backends import backend_for
 from tierstore.binding.grouping import group_blocks
 from tierstore.binding.inventory import find_entries
+from tierstore.binding.parameters import parameters_of
 from tierstore.budget import format_nbytes
+from tierstore.calibrating import Calibrator, fingerprint, read_windows
 from tierstore.errors import CheckpointError, StoreError
-from tierstore.formats.choosing import Parameter, choose_formats
+from tierstore.formats.choosing import choose_formats
 from tierstore.formats.format import Format, Parts, pack_tensor, part_specs
 from tierstore.formats.named import KEEP, format_named
 from tierstore.hf.packed import check_fit, outline, specs_of
@@ -82,6 +85,7 @@ def pack(
     format: str = "int4",
     formats: Mapping[str, str] | None = None,
     dtype: torch.dtype | str | None = None,
+    calibrate: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
     store: str | os.PathLike[str] | None = None,
     model_class: type | None = None,
@@ -92,7 +96,9 @@ def pack(
 
     ``format`` is a format's name or "keep"; ``formats`` chooses by name of the weight: patterns, such as
     ``{"lm_head*": "bf16"}``, come before it. ``dtype`` is what weights are cast to first, by default the
-    checkpoint's own; what is not packed is stored in it. ``device`` packs (default: the current CUDA device, else the
+    checkpoint's own; what is not packed is stored in it. ``calibrate`` is a text file, such as what the model will
+    read: on it the weights of a decoder's layers are rounded so that they make up for each other's errors, for the
+    memory and time that ``tierstore.calibrating`` states. ``device`` packs (default: the current CUDA device, else the
     CPU). A ``.gguf`` is imported below ``store``, by default beside the file. Code from the checkpoint runs, and is
     copied, only with ``trust_remote_code``.
 
@@ -117,14 +123,17 @@ def pack(
     )
     try:
         start = time.perf_counter()
+        windows = None if calibrate is None else read_windows(Path(calibrate), source, trust_remote_code)
         plan = plan_packing(source, format, formats or {})
+        if windows is not None:
+            plan = replace(plan, source={**plan.source, "calibration": fingerprint(windows)})
         files = {"config.json": _config_text(source, plan).encode(), **dict(_files_beside(source, trust_remote_code))}
-        steps = {} if find_packed(out, plan) else _write(source, out, plan, files, where, progress)
+        steps, notes = _write(source, out, plan, files, windows, where, progress)
         seconds = time.perf_counter() - start
     finally:
         source.store.close()
     before = sum(map(nbytes_before, plan.tensors.values()))
-    return Packed(out, plan.nbytes, before, seconds, steps, source.notes)
+    return Packed(out, plan.nbytes, before, seconds, steps, (*source.notes, *notes))
 
 
 def plan_packing(source: Source, default: str, patterns: Mapping[str, str]) -> Manifest:
@@ -135,7 +144,7 @@ def plan_packing(source: Source, default: str, patterns: Mapping[str, str]) -> M
     module = source.module
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     saved = module.state_dict().keys()  # what else is in memory only is computed again by whoever loads
-    chosen = choose_formats(_parameters(module), default, patterns)
+    chosen = choose_formats([described for _, described in parameters_of(module)], default, patterns)
     entries = {
         name: _entry(name, tensor, chosen.get(name, KEEP))
         for name, tensor in tensors.items()
@@ -162,16 +171,28 @@ def _write(
     out: Path,
     plan: Manifest,
     files: Mapping[str, bytes],
+    windows: Tensor | None,
     device: torch.device,
     progress: Callable[[Progress], None] | None,
-) -> Mapping[str, Step]:
-    at_once = min(torch.get_num_threads(), MOST_AT_ONCE) if device.type == "cpu" else 1
+) -> tuple[Mapping[str, Step], tuple[str, ...]]:
+    """Write what is left of the store, calibrated on ``windows`` if there are any: the steps, and notes on them."""
+    if find_packed(out, plan) is not None:
+        return {}, ()
+    calibrator = None
+    if windows is not None:  # before anything is written: not every module can be calibrated
+        forms = {name: format_named(entry.format) for name, entry in plan.tensors.items() if entry.format != KEEP}
+        calibrator = Calibrator(source.module, source.read, windows, forms, device)
     with PackedWriter(out, plan) as writer:
         for name, content in files.items():
             writer.add_file(name, content)
-        steps = assemble(source.read, writer, plan, _plainly, device, at_once=at_once, progress=progress)
+        write = partial(assemble, source.read, writer, plan, device=device, progress=progress)
+        if calibrator is None:
+            at_once = min(torch.get_num_threads(), MOST_AT_ONCE) if device.type == "cpu" else 1
+            steps = write(_plainly, at_once=at_once)
+        else:
+            steps = write(calibrator, at_once=1, stop=calibrator.stop)
         writer.finish()
-    return steps
+    return steps, calibrator.notes if calibrator is not None else ()
 
 
 def _plainly(name: str, form: Format, tensor: Tensor) -> Parts:
@@ -192,25 +213,6 @@ def _entry(name: str, tensor: Tensor, chosen: str) -> PackedEntry:
     shape = tuple(tensor.shape)
     parts = () if chosen == KEEP else part_specs(format_named(chosen), shape)
     return PackedEntry(name, chosen, str(tensor.dtype).removeprefix("torch."), shape, parts)
-
-
-def _parameters(module: nn.Module) -> list[Parameter]:
-    """What formats are chosen by: every parameter, all names that it has, and what kind of module holds it."""
-    modules = dict(module.named_modules(remove_duplicate=False))
-    names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    found = []
-    for parameter in module.parameters():
-        mine = names[id(parameter)]
-        holders = {id(at): at for at in (modules[name.rpartition(".")[0]] for name in mine)}
-        tables = sum(isinstance(holder, nn.Embedding) for holder in holders.values())
-        kind: Literal["weight", "table", "tied"] = "weight"
-        if tables:
-            kind = "table" if tables == len(holders) else "tied"
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        found.append(Parameter(tuple(mine), tuple(parameter.shape), dtype, kind))
-    return found
 
 
 def _identity(source: Source) -> dict[str, str]:
