@@ -55,7 +55,7 @@ class Int8:
                 whole = codes.view(-1, ROWS).to(torch.int16)
                 there = slice(block.start * HALF, block.stop * HALF)
                 parts["high"][number, there] = tile_of_columns(whole >> 4)
-                parts["low"][number, there] = tile_of_columns(whole & 15)
+                parts["low"][number, there] = tile_of_columns(whole.bitwise_and_(15))
                 scales[block.groups, :, 0] = scale_codes
                 scales[block.groups, :, 1] = zero_codes
         return parts
