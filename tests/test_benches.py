@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,12 @@ def test_smoke_run_of_packed_models(tmp_path: Path) -> None:
     assert 0 < packed["streamed_nbytes"] < unpacked["streamed_nbytes"]
     assert figures["int4, all in memory"][0]["streamed_nbytes"] == 0
     assert not list(tmp_path.glob("tierstore-bench-*"))
+
+
+def test_lossless_codecs_give_the_weights_back() -> None:
+    done = run("bench_lossless.py", "--chunks=1", "--threads=1")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"0\.\d{3} of the bytes", done.stdout)) == 4
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
