@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tierstore.binding.conversion import Conversions
 from tierstore.binding.inventory import Entry, find_entries
+from tierstore.binding.parameters import parameters_of
 from tierstore.binding.slot import storage_users
 from tierstore.binding.swap import become
 from tierstore.binding.uninterrupted import Uninterrupted
@@ -158,27 +159,12 @@ def _find(module: nn.Module) -> list[_Candidate]:
     entries = find_entries(module)
     sharing = Counter(entry.tensor.untyped_storage()._cdata for entry in entries if not entry.stays)
     plain = {id(entry.tensor): entry for entry in entries}
-    modules = dict(module.named_modules(remove_duplicate=False))
-    names: dict[int, list[str]] = {}
-    parameters: dict[int, nn.Parameter] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        parameters[id(parameter)] = parameter
-        names.setdefault(id(parameter), []).append(name)
     found = []
-    for key, parameter in parameters.items():
-        holders = {id(at): at for at in (modules[name.rpartition(".")[0]] for name in names[key])}
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        described = Parameter(tuple(names[key]), tuple(parameter.shape), dtype, _kind(list(holders.values())))
-        entry = plain.get(key) or Entry(names[key][0], parameter, stays=f"its class is {type(parameter).__name__}")
+    for parameter, described in parameters_of(module):
+        class_ = f"its class is {type(parameter).__name__}"
+        entry = plain.get(id(parameter)) or Entry(described.names[0], parameter, stays=class_)
         found.append(_Candidate(entry, described, _why_not(entry, sharing)))
     return found
-
-
-def _kind(holders: Collection[nn.Module]) -> Literal["table", "tied", "weight"]:
-    tables = sum(isinstance(holder, nn.Embedding) for holder in holders)
-    if not tables:
-        return "weight"
-    return "table" if tables == len(holders) else "tied"
 
 
 def _why_not(entry: Entry, sharing: Mapping[int, int]) -> str:
