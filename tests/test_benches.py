@@ -65,6 +65,21 @@ def test_lossless_codecs_give_the_weights_back() -> None:
     assert len(re.findall(r"0\.\d{3} of the bytes", done.stdout)) == 4
 
 
+def test_smoke_run_of_accuracy(tmp_path: Path) -> None:
+    out = tmp_path / "out.txt"
+    done = run("bench_quantization.py", "--smoke", "--threads=1", "--formats", "int8", "int4", "--out", out)
+    assert done.returncode == 0, done.stderr
+    table, _, line = done.stdout.rstrip("\n").rpartition("\n\n")
+    assert out.read_text() == done.stdout
+    said: dict[str, Any] = json.loads(line)
+    figures = said["figures"]
+    assert list(figures) == [row.split("  ")[0] for row in table.splitlines()[2 : 2 + len(figures)]]
+    kl = {name: found["topics_kl"] for name, found in figures.items()}
+    assert 0 < kl["int8"] < kl["int4 on docstrings"] < kl["int4"] < 0.01
+    assert figures["int4"]["bits"] == pytest.approx(4.5)
+    assert said["goals"]["int4: relative error on normal weights"]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_checkpoint_is_what_transformers_reads(tmp_path: Path, dtype: str) -> None:
     from transformers import AutoModelForCausalLM

@@ -1,0 +1,1 @@
+"""What the accuracy bench reads, measures and makes. Not part of the package."""
