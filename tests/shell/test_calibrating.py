@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -354,6 +355,15 @@ def test_a_text_that_ends_within_a_character(
 def test_a_checkpoint_without_tokenizer(opened: Any, text: Path) -> None:
     with pytest.raises(CheckpointError, match="no tokenizer"):
         read_windows(text, opened("LlamaForCausalLM"))
+
+
+def test_a_model_that_cannot_be_calibrated_leaves_nothing(text: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = save(tiny("BartForConditionalGeneration"), tmp_path / "model", torch.float32)
+    for file in tiny_checkpoint.glob("tokenizer*"):
+        shutil.copy(file, model)
+    with pytest.raises(ModuleError, match="cannot be calibrated"):
+        pack(model, tmp_path / "out", calibrate=text, device="cpu")
+    pack(model, tmp_path / "out", device="cpu")
 
 
 @pytest.mark.parametrize(
