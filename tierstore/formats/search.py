@@ -27,7 +27,7 @@ REFITS = 1
 COARSER = range(-1, 11)
 """How many codes above the one that covers its range a group of 8-bit codes tries for its scale."""
 ZERO_STEPS = ZERO_DIVISOR // PLANES
-"""Zero codes a scale. Each of as many neighbours is tried, as they lay the codes differently between the values."""
+"""Zero codes a scale. As many neighbours are tried, since each lays the codes elsewhere between the values."""
 TOP_CODE = 245
 """The scale code that covers the widest range of a row. Those up to 255 are left to be tried."""
 LEAST, MOST = -MIDDLE, 255 - MIDDLE
@@ -40,17 +40,21 @@ def as_bfloat16(values: Tensor) -> Tensor:
 
 
 def inverse(values: Tensor) -> Tensor:
-    """``1 / values``, and 0 where they are 0."""
+    """``1 / values``, and 0 where they are 0. Not for many: torch's comparisons and choices are slow."""
     return torch.where(values == 0, 0.0, values.reciprocal())
 
 
 def best_of(errors: Tensor, *choices: Tensor) -> tuple[Tensor, ...]:
-    """Of ``choices``, each [candidates, ...] like ``errors``, those of the least error; the first of equals."""
-    least, place = errors[0], torch.zeros_like(errors[0], dtype=torch.int64)
-    for number in range(1, len(errors)):  # torch's argmin along the first axis takes a hundred times longer
-        place.masked_fill_(errors[number] < least, number)
-        least = torch.minimum(least, errors[number])
-    return tuple(choice.gather(0, place[None])[0] for choice in choices)
+    """Of ``choices``, each [candidates, groups, 64] like ``errors``, those of the least error; the first of equals.
+
+    Errors, which are lost, count as equal where they agree in 18 bits; at most 32 candidates.
+    """
+    # In the last bits of its error each candidate carries its number to the least: floats that are not negative have
+    # the order of their bits, and torch's argmin along the first axis takes a hundred times as long.
+    numbers = torch.arange(len(errors), dtype=torch.int32, device=errors.device)[:, None, None]
+    bits = errors.clamp_(min=0).view(torch.int32).bitwise_and_(~31).bitwise_or_(numbers)
+    best = bits.amin(0, keepdim=True).bitwise_and_(31).to(torch.int64)
+    return tuple(choice.gather(0, best)[0] for choice in choices)
 
 
 def affine4(values: Tensor, low: Tensor, high: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,7 +103,7 @@ class Fit4:
 
     def codes(self, step: Tensor, zero: Tensor) -> Tensor:
         """The nearest codes, -8 to 7."""
-        factor = inverse(step)
+        factor = step.clamp(min=1e-6).reciprocal_()  # where it is 0 so are the values
         codes = torch.addcmul((-zero * factor)[:, None], self._values, factor[:, None], out=self._codes)
         return codes.round_().clamp_(-8, 7)
 
@@ -116,15 +120,17 @@ class Fit4:
             torch.sum(codes, 1, out=sums[number])
             torch.sum(torch.mul(codes, self._values, out=self._products), 1, out=products[number])
             torch.sum(codes.mul_(codes), 1, out=squares[number])
-        spread = self._members * squares - sums * sums
-        fitted = torch.where(spread > 0, (self._members * products - sums * self._sum) / spread, steps)
+        spread = (self._members * squares - sums * sums).clamp_(min=0.5)  # integers: 0 where all codes are the same
+        fitted = ((self._members * products - sums * self._sum) / spread).clamp_(min=0)
         means = (self._sum - fitted * sums) / self._members
         fitted_scales, fitted_zeros = as_bfloat16(fitted * self._half), as_bfloat16(means * self._half + self._centre)
         errors = [
             step * (step * squares + 2 * (zero * sums - products)) + zero * (self._members * zero - 2 * self._sum)
             for step, zero in ((steps, offsets), self.in_units(fitted_scales, fitted_zeros))
         ]
-        return best_of(torch.cat(errors), torch.cat((scales, fitted_scales)), torch.cat((zeros, fitted_zeros)))
+        return best_of(
+            torch.cat(errors).add_(self._squares), torch.cat((scales, fitted_scales)), torch.cat((zeros, fitted_zeros))
+        )
 
 
 def needed_step(low: Tensor, high: Tensor) -> Tensor:
@@ -144,9 +150,10 @@ def affine8(
     With so many codes the error of a group is mere chance, and a scale a few codes coarser costs less than the best of
     a dozen draws gains: a sixth of the squared error.
     """
+    steps = torch.where(steps == 0, 1.0, steps)  # a row of zeros, for which any scale does
     scale_codes, zero_codes = candidates8(low, high, steps)
     scales = as_bfloat16(steps * scale_codes)
-    factors = inverse(scales)
+    factors = scales.reciprocal()
     offsets = MIDDLE - as_bfloat16(scales * zero_codes / ZERO_DIVISOR) * PLANES * factors
     codes, rounded = scratch
     errors = torch.empty_like(scales)
@@ -154,7 +161,7 @@ def affine8(
         torch.addcmul(offsets[number, :, None], values, factors[number, :, None], out=codes)
         torch.round(codes, out=rounded).clamp_(0, 255)
         torch.sum(codes.sub_(rounded).square_(), 1, out=errors[number])
-    errors *= (scales * inverse(steps)).square_()  # from codes to scale codes, so that no square can overflow
+    errors *= (scales / steps).square_()  # from codes to scale codes, so that no square can overflow
     scale_code, zero_code, factor, offset = best_of(errors, scale_codes, zero_codes, factors, offsets)
     torch.addcmul(offset[:, None], values, factor[:, None], out=codes)
     return codes.round_().clamp_(0, 255), scale_code, zero_code.add_(128)
@@ -162,15 +169,14 @@ def affine8(
 
 def candidates8(low: Tensor, high: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     """Scale codes, and zero codes less 128, [candidates, groups, 64], that cover the range or nearly so."""
-    first = torch.ceil(needed_step(low, high) * inverse(steps))
+    first = torch.ceil(needed_step(low, high) / steps)
     coarser = torch.arange(COARSER.start, COARSER.stop, device=first.device)[:, None, None]
     scale_codes = (first + coarser).clamp_(1, 255)
-    factors = inverse(as_bfloat16(steps * scale_codes))
+    factors = as_bfloat16(steps * scale_codes).reciprocal_()
     middle = (low + high) * 0.5 * factors - (LEAST + MOST) / 2
     # Where the codes leave room the zero is drawn towards zero, so that a group of zeros is packed exactly.
-    room = (254 - (high - low) * factors).clamp_(min=0) / 2
+    room = (254 - (high - low) * factors).clamp_(min=0).mul_(0.5)
     exact = (middle - torch.clamp(middle, -room, room)) * ZERO_STEPS
-    nearest = exact.round()
-    side = torch.where(exact < nearest, -1, 1)
-    zero_codes = [(nearest + number * side).clamp_(-128, 127) for number in range(ZERO_STEPS)]
-    return scale_codes.repeat(ZERO_STEPS, 1, 1), torch.cat(zero_codes)
+    first_zero = (exact - (ZERO_STEPS - 1) / 2).round_()
+    zero_codes = torch.cat([first_zero + number for number in range(ZERO_STEPS)])
+    return torch.cat([scale_codes] * ZERO_STEPS), zero_codes.clamp_(-128, 127)
