@@ -106,10 +106,10 @@ class Calibrator:
     def _begin(self) -> tuple[Tensor, tuple[Call, ...]]:
         """What enters the first layer, [windows, tokens, features] on the host, and how each layer is called."""
         layers = self._stand_ins()
-        hidden: list[Tensor] = []
+        hidden = torch.empty(0)
         calls: tuple[Call, ...] = ()
         with torch.no_grad():
-            for window in self._windows:
+            for number, window in enumerate(self._windows):
                 entering, called = layers.begin(window[None].to(self._device))
                 calls = calls or called
                 if not all(map(Call.is_like, calls, called)):
@@ -117,8 +117,10 @@ class Calibrator:
                         f"{type(self._module).__name__} cannot be calibrated: its layers are given more of a text than "
                         "hidden states: pack it without calibration"
                     )
-                hidden.append(entering.cpu())
-        return torch.cat(hidden), calls
+                if number == 0:
+                    hidden = torch.empty((len(self._windows), *entering.shape[1:]), dtype=entering.dtype)
+                hidden[number] = entering[0]
+        return hidden, calls
 
     def _go_to(self, count: int) -> None:
         """Pack layers until ``count`` are."""
@@ -136,6 +138,7 @@ class Calibrator:
                 pass
         self._parts = {}
         for name, weight in here.items():
+            self._check_wanted()
             form = self._forms[name]
             self._parts[name] = parts = self._packed(name, form, weight, grams.of(name))
             weight.copy_(unpack_tensor(form, parts, weight.shape, weight.dtype))
@@ -144,14 +147,17 @@ class Calibrator:
             self._hidden[number] = made[0]
         self._done += 1
 
+    def _check_wanted(self) -> None:
+        if self._stopped:
+            raise InterruptedError("calibration was stopped")
+
     def _is_packed(self, name: str) -> bool:
         return name in self._forms and self._layer_of[name] == self._done
 
     def _outputs(self, layer: nn.Module) -> Iterator[Tensor]:
         call = self._calls[self._done]
         for window in self._hidden:
-            if self._stopped:
-                raise InterruptedError("calibration was stopped")
+            self._check_wanted()
             yield call.run(layer, window[None].to(self._device))
 
     def _head_gram(self, name: str) -> Mapping[int, Gram]:
