@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tierstore.kernels.int8_matmul.reference import GROUP
 from tierstore.kernels.tiles import as_words, load_words, multiply, rows_of
-
-GROUP = 64
 
 
 @triton.jit

@@ -25,7 +25,6 @@ from tierstore.formats.search import CLIPS, TOP_CODE, Fit4, affine8, candidates8
 from tierstore.formats.tile64 import from_tile64, to_tile32, to_tile64
 from tierstore.kernels.int4_matmul import reference as int4_matmul
 from tierstore.kernels.int8_matmul import reference as int8_matmul
-from tierstore.kernels.int8_matmul.reference import ZERO_DIVISOR
 from tierstore.kernels.int8_row_matmul import reference as int8_row_matmul
 
 FORMATS: list[Format] = [Int4(32), Int4(64), Int4(128), Int8(), Int8Row()]
@@ -184,7 +183,7 @@ def test_int8_is_read_as_the_layout_says(seed: int, k: int) -> None:
         high, low = (int(parts[name][block, column * 32 + inside % 32]) >> shift & 15 for name in ("high", "low"))
         codes = parts["scales"][block].view(groups, 64, 2)[group, inside]
         scale = (parts["steps"][row, 0] * codes[0]).bfloat16().float()
-        zero = (scale * (codes[1].float() - 128) / ZERO_DIVISOR).bfloat16().float()
+        zero = (scale * (codes[1].float() - 128) / 17).bfloat16().float()
         assert whole[row, column] == scale * (16 * high + low - 136) + 17 * zero
 
 
@@ -306,7 +305,7 @@ def test_int8_takes_the_best_of_its_candidates(seed: int, off: float) -> None:
 
     def errors(scale_codes: Tensor, zero_codes: Tensor) -> Tensor:
         scale = (steps * scale_codes).bfloat16().float()
-        zero = (scale * zero_codes / ZERO_DIVISOR).bfloat16().double() * 17
+        zero = (scale * zero_codes / 17).bfloat16().double() * 17
         return squared_errors(values, scale, zero, -136, 119)
 
     codes, scale_codes, zero_codes = affine8(values, low, high, steps, spare(values))

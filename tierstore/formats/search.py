@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tierstore.kernels.int8_matmul.reference import MIDDLE, PLANES, ZERO_DIVISOR
+from tierstore.kernels.int8_matmul.reference import MIDDLE, PLANES
 
 Scratch = tuple[Tensor, Tensor]
 """Two tensors like the values, to be overwritten: memory that is reused need not be touched for the first time."""
@@ -26,8 +26,6 @@ REFITS = 1
 
 COARSER = range(-1, 11)
 """How many codes above the one that covers its range a group of 8-bit codes tries for its scale."""
-ZERO_STEPS = ZERO_DIVISOR // PLANES
-"""Zero codes a scale. As many neighbours are tried, since each lays the codes elsewhere between the values."""
 TOP_CODE = 245
 """The scale code that covers the widest range of a row. Those up to 255 are left to be tried."""
 LEAST, MOST = -MIDDLE, 255 - MIDDLE
@@ -135,7 +133,7 @@ class Fit4:
 
 def needed_step(low: Tensor, high: Tensor) -> Tensor:
     """The least scale with which 256 codes and some zero code reach from ``low`` to ``high``."""
-    far = torch.maximum(high / (MOST + 127 / ZERO_STEPS), low / (LEAST - 128 / ZERO_STEPS))
+    far = torch.maximum(high / (MOST + 127), low / (LEAST - 128))
     need = torch.maximum((high - low) / 255, far)
     return torch.where(need < TINY, 0.0, need)
 
@@ -154,7 +152,7 @@ def affine8(
     scale_codes, zero_codes = candidates8(low, high, steps)
     scales = as_bfloat16(steps * scale_codes)
     factors = scales.reciprocal()
-    offsets = MIDDLE - as_bfloat16(scales * zero_codes / ZERO_DIVISOR) * PLANES * factors
+    offsets = MIDDLE - as_bfloat16(scales * zero_codes / PLANES) * PLANES * factors
     codes, rounded = scratch
     errors = torch.empty_like(scales)
     for number in range(len(errors)):
@@ -176,7 +174,5 @@ def candidates8(low: Tensor, high: Tensor, steps: Tensor) -> tuple[Tensor, Tenso
     middle = (low + high) * 0.5 * factors - (LEAST + MOST) / 2
     # Where the codes leave room the zero is drawn towards zero, so that a group of zeros is packed exactly.
     room = (254 - (high - low) * factors).clamp_(min=0).mul_(0.5)
-    exact = (middle - torch.clamp(middle, -room, room)) * ZERO_STEPS
-    first_zero = (exact - (ZERO_STEPS - 1) / 2).round_()
-    zero_codes = torch.cat([first_zero + number for number in range(ZERO_STEPS)])
-    return torch.cat([scale_codes] * ZERO_STEPS), zero_codes.clamp_(-128, 127)
+    zero_codes = (middle - torch.clamp(middle, -room, room)).round_().clamp_(-128, 127)
+    return scale_codes, zero_codes
