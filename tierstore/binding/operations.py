@@ -14,8 +14,7 @@ from torch.overrides import enable_reentrant_dispatch
 from tierstore.binding.slot import Slot
 from tierstore.binding.views import View, view_of
 from tierstore.errors import ModuleError
-
-_STATISTICS = ("running_mean", "running_var")
+from tierstore.formats.dispatched import COMPOSITE, Signature, map_tensors, signature_of
 
 MakeGhost = Callable[[View], Tensor]
 
@@ -23,7 +22,7 @@ MakeGhost = Callable[[View], Tensor]
 def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ghost: MakeGhost) -> Any:
     """The result of ``func``, an operation of the dispatcher: as ghosts, made by ``ghost``, where it is a view of
     ghosts; otherwise computed with plain tensors over borrowed memory."""
-    signature = _signature(func)
+    signature = signature_of(func)
     if signature.may_view:
         viewed = _as_view(func, args, kwargs, ghost)
         if viewed is not None:
@@ -35,44 +34,10 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ghost: Mak
     return _compute(func, signature, args, kwargs, ghost)
 
 
-class _Signature:
-    """What an operation's schema says about aliasing, looked up once per operation."""
-
-    __slots__ = ("composite", "may_view", "written_keywords", "written_positions")
-
-    def __init__(self, func: Any) -> None:
-        schema = func._schema
-        self.composite: bool = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-        self.may_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-        self.written_positions: list[int] = []
-        self.written_keywords: set[str] = set()
-        for position, argument in enumerate(schema.arguments):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            # torch's schemas do not say that batch_norm and instance_norm write their statistics
-            if written or argument.name in _STATISTICS:
-                self.written_positions.append(position)
-                self.written_keywords.add(argument.name)
-
-    def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The arguments that the operation writes to."""
-        positional = [args[position] for position in self.written_positions if position < len(args)]
-        return positional + [kwargs[keyword] for keyword in self.written_keywords if keyword in kwargs]
-
-
 @lru_cache(maxsize=4096)
-def _signature(func: Any) -> _Signature:
-    return _Signature(func)
-
-
-def _map(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, list | tuple):
-        items = [_map(item, change) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    if isinstance(value, dict):
-        return {key: _map(item, change) for key, item in value.items()}
-    return value
+def _is_composite(func: Any) -> bool:
+    """Whether the operation is taken apart into others, by torch or by what was registered in Python."""
+    return bool(func.has_kernel_for_dispatch_key(COMPOSITE))
 
 
 def _ghosts_in(value: Any) -> dict[int, tuple[Tensor, View]]:
@@ -85,7 +50,7 @@ def _ghosts_in(value: Any) -> dict[int, tuple[Tensor, View]]:
             found[id(tensor)] = (tensor, view)
         return tensor
 
-    _map(value, note)
+    map_tensors(value, note)
     return found
 
 
@@ -105,7 +70,7 @@ def _as_view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ghost: Ma
         return view.meta
 
     try:
-        out = func(*_map(args, to_meta), **_map(kwargs, to_meta))
+        out = func(*map_tensors(args, to_meta), **map_tensors(kwargs, to_meta))
     except (RuntimeError, NotImplementedError, ValueError, IndexError):
         return None  # computed for real, where the same error comes out if it is one
     plain = False
@@ -118,7 +83,7 @@ def _as_view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ghost: Ma
             return tensor
         return ghost(View(view.home, view.block, tensor, view.device, inference and attached))
 
-    ghosts = _map(out, to_ghost)
+    ghosts = map_tensors(out, to_ghost)
     return None if plain else ghosts
 
 
@@ -133,7 +98,7 @@ def _look_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(rows, indices)
 
 
-def _compute(func: Any, signature: _Signature, args: tuple[Any, ...], kwargs: dict[str, Any], ghost: MakeGhost) -> Any:
+def _compute(func: Any, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], ghost: MakeGhost) -> Any:
     found = _ghosts_in((args, kwargs))
     if not found:  # a subclass reached us with no ghost among its arguments
         return func(*args, **kwargs)
@@ -148,9 +113,11 @@ def _compute(func: Any, signature: _Signature, args: tuple[Any, ...], kwargs: di
         }
         owners = {id(lent[key]): tensor for key, (tensor, _) in found.items()}
         # in inference mode compositions of operations reach us whole, and their parts look at what autograd sets
-        whole = signature.composite and torch.is_inference_mode_enabled()
+        whole = _is_composite(func) and torch.is_inference_mode_enabled()
         with enable_reentrant_dispatch() if whole else nullcontext():
-            out = func(*_map(args, lambda t: lent.get(id(t), t)), **_map(kwargs, lambda t: lent.get(id(t), t)))
+            out = func(
+                *map_tensors(args, lambda t: lent.get(id(t), t)), **map_tensors(kwargs, lambda t: lent.get(id(t), t))
+            )
         for key, (_, view) in changed.items():
             _refuse_another_shape(func, lent[key], slots[view.block], view)
         storages = {slots[block].key for block in blocks}
@@ -164,7 +131,7 @@ def _compute(func: Any, signature: _Signature, args: tuple[Any, ...], kwargs: di
                 return tensor
             return ghost(_view_of_alias(tensor, blocks, [view for _, view in found.values()], slots))
 
-        return _map(out, hide)
+        return map_tensors(out, hide)
 
 
 def _lend(slot: Slot, view: View, requires_grad: bool) -> Tensor:

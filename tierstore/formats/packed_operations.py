@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tierstore.errors import ModuleError
+from tierstore.formats.dispatched import COMPOSITE, map_tensors, signature_of
 from tierstore.formats.format import Parts
 from tierstore.formats.lent import multiply, multiply_back, rows_of, values_of
 from tierstore.formats.packed_views import Packed, PackedView, packed_view_of
@@ -22,7 +23,6 @@ MakePacked = Callable[[Parts, PackedView], Tensor]
 """A packed tensor of parts, as a view shows them."""
 
 aten = torch.ops.aten
-_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], packed: MakePacked) -> Any:
@@ -39,11 +39,11 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], packed: Ma
         moved = _moved(*args, **kwargs, packed=packed)
         if moved is not None:
             return moved
-    signature = _signature(func)
+    signature = signature_of(func)
     for value in signature.written(args, kwargs):
         refuse_writing(value, str(func))
-    if signature.composite:  # in inference mode these reach us whole
-        return func._op_dk(_COMPOSITE, *args, **kwargs)
+    if _is_composite(func):  # in inference mode these reach us whole
+        return func._op_dk(COMPOSITE, *args, **kwargs)
     if signature.may_view:
         viewed = _as_view(func, args, kwargs, packed)
         if viewed is not NotImplemented:
@@ -64,44 +64,13 @@ def refuse_writing(value: Any, what: str) -> None:
             )
         return tensor
 
-    _map(value, refuse)
-
-
-class _Signature:
-    """What an operation's schema says about aliasing, looked up once per operation."""
-
-    __slots__ = ("_keywords", "_positions", "composite", "may_view")
-
-    def __init__(self, func: Any) -> None:
-        schema = func._schema
-        self.composite: bool = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE.name)
-        self.may_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-        written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
-        self._positions = [position for position, is_written in enumerate(written) if is_written]
-        self._keywords = [schema.arguments[position].name for position in self._positions]
-
-    def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The arguments that the operation writes to."""
-        if not self._positions:
-            return []
-        positional = [args[position] for position in self._positions if position < len(args)]
-        return positional + [kwargs[keyword] for keyword in self._keywords if keyword in kwargs]
+    map_tensors(value, refuse)
 
 
 @lru_cache(maxsize=4096)
-def _signature(func: Any) -> _Signature:
-    return _Signature(func)
-
-
-def _map(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, list | tuple):
-        items = [_map(item, change) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    if isinstance(value, dict):
-        return {key: _map(item, change) for key, item in value.items()}
-    return value
+def _is_composite(func: Any) -> bool:
+    """Whether torch itself takes the operation apart: only then can it be asked to."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE.name))
 
 
 def _as_view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], packed: MakePacked) -> Any:
@@ -156,7 +125,7 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             lent[id(tensor)] = tensor, values_of(tensor, view, apart=bool(lent))
         return lent[id(tensor)][1]
 
-    out = func(*_map(args, lend), **_map(kwargs, lend))
+    out = func(*map_tensors(args, lend), **map_tensors(kwargs, lend))
     owners = {id(values): tensor for tensor, values in lent.values()}
     storages = {values.untyped_storage()._cdata for _, values in lent.values()}
 
@@ -167,7 +136,7 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return tensor
         return tensor.clone() if tensor.untyped_storage()._cdata in storages else tensor
 
-    return _map(out, part)
+    return map_tensors(out, part)
 
 
 # ---- products and rows
