@@ -14,13 +14,13 @@ from __future__ import annotations
 import copy
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tierstore.binding.operations import operate
 from tierstore.binding.views import KEY, Ghost, View
 from tierstore.errors import ModuleError
+from tierstore.formats.unaddressed import Unaddressed
 
 
 def _wrap(cls: type[Tensor], view: View, requires_grad: bool) -> Any:
@@ -39,7 +39,7 @@ def _wrap(cls: type[Tensor], view: View, requires_grad: bool) -> Any:
     return ghost
 
 
-class _Reading(Ghost):
+class _Reading(Ghost, Unaddressed):
     """What Python asks of a tensor past the dispatcher. Each gives true values or a clear error."""
 
     __torch_function__ = cast(Any, torch._C)._disabled_torch_function_impl
@@ -61,21 +61,6 @@ class _Reading(Ghost):
         check_replacement(self, value)
         self.detach().copy_(value)
 
-    def tolist(self: Any) -> Any:
-        return read(self).tolist()
-
-    def numpy(self: Any, *, force: bool = False) -> Any:
-        """A read-only copy: writes through numpy could not be seen."""
-        array = read(self, attached=True).numpy(force=force)
-        array.flags.writeable = False
-        return array
-
-    def __array__(self: Any, dtype: Any = None, copy: bool | None = None) -> Any:
-        return np.asarray(self.numpy(), dtype=dtype)
-
-    def __dlpack__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return read(self).__dlpack__(*args, **kwargs)
-
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
             memo[id(self)] = plain_copy(self, memo)
@@ -89,17 +74,14 @@ class _Reading(Ghost):
     def __repr__(self: Any, *, tensor_contents: Any = None) -> str:
         return repr(plain_copy(self))
 
-    def data_ptr(self: Any) -> int:
-        raise _no_memory("data_ptr()", self)
+    def _copied(self: Any, *, attached: bool = False) -> Tensor:
+        return read(self, attached=attached)
 
-    def untyped_storage(self: Any) -> torch.UntypedStorage:
-        raise _no_memory("untyped_storage()", self)
-
-    def storage(self: Any) -> Any:
-        raise _no_memory("storage()", self)
-
-    def share_memory_(self: Any) -> Any:
-        raise _no_memory("share_memory_()", self)
+    def _no_address(self: Any, what: str) -> ModuleError:
+        return ModuleError(
+            f"{what} of an offloaded tensor of shape {tuple(self.shape)}: its bytes have no address while they rest in "
+            f"another tier; take .clone() for a copy in memory, or close the session first"
+        )
 
 
 class GhostTensor(_Reading, Tensor):  # type: ignore[misc]  # torch's stubs are narrower than torch
@@ -154,10 +136,3 @@ def check_replacement(tensor: Tensor, value: Tensor) -> None:
 
 def _attributes(tensor: Tensor) -> dict[str, Any]:
     return {key: value for key, value in tensor.__dict__.items() if key != KEY}
-
-
-def _no_memory(what: str, ghost: Tensor) -> ModuleError:
-    return ModuleError(
-        f"{what} of an offloaded tensor of shape {tuple(ghost.shape)}: its bytes have no address while they rest in "
-        f"another tier; take .clone() for a copy in memory, or close the session first"
-    )

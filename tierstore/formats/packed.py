@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from tierstore.formats.lent import multiply
 from tierstore.formats.packed_operations import linear_fits, operate, refuse_writing
 from tierstore.formats.packed_views import KEY, Packed, PackedView, Packing, packed_view_of, whole_view
 from tierstore.formats.scratch import Scratch
+from tierstore.formats.unaddressed import Unaddressed
 
 _IS_PARAMETER = "_is_param"  # torch's own mark of parameters that are of another class than nn.Parameter
 
@@ -64,7 +64,7 @@ def _wrapper(cls: type[Tensor], view: PackedView) -> Any:
     )
 
 
-class PackedTensor(Packed, Tensor):
+class PackedTensor(Packed, Unaddressed, Tensor):
     """``parts`` as ``view`` shows them. A parameter of a module, if so marked, or a view of one."""
 
     @staticmethod
@@ -141,21 +141,6 @@ class PackedTensor(Packed, Tensor):
             refuse_writing(self, "training")
         return self
 
-    def tolist(self: Any) -> Any:
-        return read(self).tolist()
-
-    def numpy(self: Any, *, force: bool = False) -> Any:
-        """A read-only copy of the values."""
-        array = read(self).numpy(force=force)
-        array.flags.writeable = False
-        return array
-
-    def __array__(self: Any, dtype: Any = None, copy: bool | None = None) -> Any:
-        return np.asarray(self.numpy(), dtype=dtype)
-
-    def __dlpack__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return read(self).__dlpack__(*args, **kwargs)
-
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         """A packed tensor with parts of its own."""
         if id(self) not in memo:
@@ -180,17 +165,14 @@ class PackedTensor(Packed, Tensor):
             f"dtype={view.meta.dtype}, device={str(view.device)!r})"
         )
 
-    def data_ptr(self: Any) -> int:
-        raise _no_memory("data_ptr()", self)
+    def _copied(self: Any, *, attached: bool = False) -> Tensor:
+        return read(self)  # it never is
 
-    def untyped_storage(self: Any) -> torch.UntypedStorage:
-        raise _no_memory("untyped_storage()", self)
-
-    def storage(self: Any) -> Any:
-        raise _no_memory("storage()", self)
-
-    def share_memory_(self: Any) -> Any:
-        raise _no_memory("share_memory_()", self)
+    def _no_address(self: Any, what: str) -> ModuleError:
+        return ModuleError(
+            f"{what} of a packed tensor of shape {tuple(self.shape)}: its values have no address; take .clone() for a "
+            f"plain copy, or the address of one of its .parts"
+        )
 
 
 class UnseenPackedTensor(PackedTensor):
@@ -209,13 +191,6 @@ def read(tensor: Tensor) -> Tensor:
     """A plain copy of the values."""
     with torch.no_grad():
         return tensor.clone()
-
-
-def _no_memory(what: str, tensor: Tensor) -> ModuleError:
-    return ModuleError(
-        f"{what} of a packed tensor of shape {tuple(tensor.shape)}: its values have no address; take .clone() for a "
-        f"plain copy, or the address of one of its .parts"
-    )
 
 
 # ---- what is computed from the parts before torch takes it apart
