@@ -20,9 +20,9 @@ from tierstore.formats.format import Format, Parts, matrices_of
 from tierstore.formats.named import format_named
 from tierstore.formats.scratch import Scratch
 from tierstore.formats.tiles import tiles
-from tierstore.stores.manifest import KEEP, Manifest, PackedEntry
+from tierstore.stores.manifest import Manifest, PackedEntry
 from tierstore.stores.packed_writer import PackedWriter
-from tierstore.tensors import TensorSpec
+from tierstore.tensors import KEEP
 
 Packer = Callable[[str, Format, Tensor], Parts]
 """Packs a weight, which it is told the name of."""
@@ -73,8 +73,8 @@ def assemble(
     steps = {"read": Step(), "pack": Step(), "write": Step()}
     left = writer.left
     todo = [entry for number in left for entry in plan.units[number].tensors]
-    total = sum(map(nbytes_before, plan.tensors.values()))
-    done = total - sum(map(nbytes_before, todo))
+    total = plan.source_nbytes
+    done = total - sum(entry.source_nbytes for entry in todo)
     scratch = Scratch()
 
     def read_one(entry: PackedEntry) -> tuple[PackedEntry, Tensor]:
@@ -102,19 +102,14 @@ def assemble(
                     waited += time.perf_counter() - asked
                     unit.add(entry.name, data, relative_error=wrong)
                     del data
-                    steps["read"].nbytes += nbytes_before(entry)
-                    steps["pack"].nbytes += nbytes_before(entry) if entry.format != KEEP else 0
-                    done += nbytes_before(entry)
+                    steps["read"].nbytes += entry.source_nbytes
+                    steps["pack"].nbytes += entry.source_nbytes if entry.format != KEEP else 0
+                    done += entry.source_nbytes
                     if progress is not None:
                         progress(Progress(done, total, entry.name))
             steps["write"].seconds += time.perf_counter() - start - waited
             steps["write"].nbytes += plan.units[number].nbytes
     return steps
-
-
-def nbytes_before(entry: PackedEntry) -> int:
-    """Bytes of a tensor before it was packed."""
-    return TensorSpec(entry.name, entry.dtype, entry.shape).nbytes
 
 
 def relative_error(form: Format, parts: Parts, tensor: Tensor, scratch: Scratch) -> float:

@@ -16,7 +16,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from tierstore.budget import format_nbytes
 from tierstore.errors import ModuleError
-from tierstore.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from tierstore.stores.manifest import Manifest, PackedEntry
@@ -95,7 +94,7 @@ def describe(path: Path, as_json: bool) -> None:
         print(json.dumps({"store": _all_of(manifest, path)}))
         return
     entries = list(manifest.tensors.values())
-    before = sum(map(_nbytes_before, entries))
+    before = manifest.source_nbytes
     source = manifest.source
     lines = [
         ("packed from", f"{source.get('checkpoint', '?')}, {source.get('model', '?')}, {source.get('dtype', '?')}"),
@@ -122,13 +121,9 @@ def _pattern(text: str) -> tuple[str, str]:
     return pattern, form
 
 
-def _nbytes_before(entry: PackedEntry) -> int:
-    return TensorSpec(entry.name, entry.dtype, entry.shape).nbytes
-
-
 def _all_of(manifest: Manifest, path: Path) -> dict[str, Any]:
     """Everything that a manifest says, for JSON."""
-    before = sum(map(_nbytes_before, manifest.tensors.values()))
+    before = manifest.source_nbytes
     return {
         "path": str(path),
         "layout_version": manifest.layout_version,
@@ -145,7 +140,7 @@ def _all_of(manifest: Manifest, path: Path) -> dict[str, Any]:
                 "dtype": entry.dtype,
                 "shape": entry.shape,
                 "nbytes": entry.nbytes,
-                "source_nbytes": _nbytes_before(entry),
+                "source_nbytes": entry.source_nbytes,
                 "relative_error": entry.relative_error,
             }
             for entry in manifest.tensors.values()

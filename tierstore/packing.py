@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 
 from tierstore import __version__
-from tierstore.assembly import Progress, Step, assemble, nbytes_before
+from tierstore.assembly import Progress, Step, assemble
 from tierstore.backends import backend_for
 from tierstore.binding.grouping import group_blocks
 from tierstore.binding.inventory import find_entries
@@ -28,11 +28,12 @@ from tierstore.calibrating import Calibrator, fingerprint, read_windows
 from tierstore.errors import CheckpointError, StoreError
 from tierstore.formats.choosing import choose_formats
 from tierstore.formats.format import Format, Parts, pack_tensor, part_specs
-from tierstore.formats.named import KEEP, format_named
+from tierstore.formats.named import format_named
 from tierstore.hf.packed import check_fit, outline, specs_of
 from tierstore.hf.source import Source, open_source
 from tierstore.stores.manifest import Manifest, PackedEntry, PackedUnit
 from tierstore.stores.packed_writer import PackedWriter, find_packed
+from tierstore.tensors import KEEP
 
 UNIT_NBYTES = 256 << 20
 """Packed bytes that lie in one file, unless one tensor has more: as much is made again after a kill."""
@@ -132,8 +133,7 @@ def pack(
         seconds = time.perf_counter() - start
     finally:
         source.store.close()
-    before = sum(map(nbytes_before, plan.tensors.values()))
-    return Packed(out, plan.nbytes, before, seconds, steps, (*source.notes, *notes))
+    return Packed(out, plan.nbytes, plan.source_nbytes, seconds, steps, (*source.notes, *notes))
 
 
 def plan_packing(source: Source, default: str, patterns: Mapping[str, str]) -> Manifest:

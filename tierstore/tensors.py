@@ -31,6 +31,9 @@ ITEMSIZE: dict[str, int] = {
 }
 """Bytes per element, by torch's name of the dtype (without ``torch.``)."""
 
+KEEP = "keep"
+"""No name of a format: the word, where one stands, for a tensor that is left as it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:

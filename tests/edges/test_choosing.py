@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tierstore.errors import ModuleError
 from tierstore.formats.choosing import FEWEST_ELEMENTS, Parameter, choose_formats, words_of
 from tierstore.formats.format import part_specs
-from tierstore.formats.named import FORMAT_NAMES, FORMATS, KEEP, format_named
-from tierstore.tensors import ITEMSIZE
+from tierstore.formats.named import FORMAT_NAMES, FORMATS, format_named
+from tierstore.tensors import ITEMSIZE, KEEP
 
 COARSE = ("int4", "int4-g32", "int4-g128", "fp8", "fp4", "mxfp4")
 Kind = Literal["table", "tied", "weight"]

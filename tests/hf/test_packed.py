@@ -29,8 +29,8 @@ from tierstore.hf.packed import open_packed
 from tierstore.hf.source import open_source
 from tierstore.measuring import SLOWEST_COMPUTE, measure_compute
 from tierstore.packing import pack
-from tierstore.stores.manifest import KEEP
 from tierstore.stores.packed import PackedStore
+from tierstore.tensors import KEEP
 from tierstore.testing.adversary import Adversary, adversary
 
 _WIDE = {"hidden_size": 256, "intermediate_size": 512}

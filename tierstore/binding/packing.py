@@ -21,10 +21,10 @@ from tierstore.binding.uninterrupted import Uninterrupted
 from tierstore.errors import ModuleError
 from tierstore.formats.choosing import Parameter, choose_formats, words_of
 from tierstore.formats.format import pack_tensor, part_specs
-from tierstore.formats.named import KEEP, format_named
+from tierstore.formats.named import format_named
 from tierstore.formats.packed import PackedTensor, attributes_of, packed_parameter, read
 from tierstore.formats.scratch import Scratch
-from tierstore.tensors import TensorSpec
+from tierstore.tensors import KEEP, TensorSpec
 
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules that compute all at once where no tensor of theirs overrides functions, with another outcome for padding."""

@@ -12,8 +12,8 @@ from typing import Literal
 
 from tierstore.errors import ModuleError
 from tierstore.formats.format import part_specs
-from tierstore.formats.named import FORMATS, KEEP, format_named
-from tierstore.tensors import ITEMSIZE
+from tierstore.formats.named import FORMATS, format_named
+from tierstore.tensors import ITEMSIZE, KEEP
 
 PACKABLE = ("float64", "float32", "float16", "bfloat16")
 """Dtypes of what can be packed. Smaller floats are packed already."""

@@ -14,6 +14,7 @@ from tierstore.formats.int4 import Int4
 from tierstore.formats.int8 import Int8
 from tierstore.formats.int8_row import Int8Row
 from tierstore.formats.mxfp4 import MxFp4
+from tierstore.tensors import KEEP
 
 _ALL: tuple[Format, ...] = (
     Int8(),
@@ -32,9 +33,6 @@ FORMATS: Mapping[str, Format] = MappingProxyType({form.name: form for form in _A
 
 FORMAT_NAMES = tuple(FORMATS)
 """The names of all formats, in the order in which documents list them."""
-
-KEEP = "keep"
-"""Not a format: the word that leaves a tensor as it is."""
 
 
 def format_named(name: str) -> Format:

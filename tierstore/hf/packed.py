@@ -20,9 +20,9 @@ from tierstore.formats.scratch import Scratch
 from tierstore.hf.checkpoint import Checkpoint
 from tierstore.hf.model import build, describe, ghost_of, lift, listed, read_config
 from tierstore.hf.placement import Placed, Run
-from tierstore.stores.manifest import KEEP, PackedEntry, check_parts
+from tierstore.stores.manifest import PackedEntry, check_parts
 from tierstore.stores.packed import PackedStore
-from tierstore.tensors import TensorSpec
+from tierstore.tensors import KEEP, TensorSpec
 
 
 def open_packed(

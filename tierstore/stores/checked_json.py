@@ -7,10 +7,9 @@ from math import prod
 
 from tierstore.errors import StoreFormatError
 from tierstore.stores.json_files import kind_of
+from tierstore.stores.safetensors import MAX_RANK
 from tierstore.tensors import ITEMSIZE, TensorSpec
 
-MAX_RANK = 64
-"""Most dimensions of a tensor; torch has no more."""
 SPEC_KEYS = frozenset(("name", "dtype", "shape"))
 _NO_TEXT = re.compile("[\x00-\x1f\ud800-\udfff]")  # control characters, and halves of characters
 _CRC = re.compile("[0-9a-f]{8}")

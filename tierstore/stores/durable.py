@@ -26,15 +26,17 @@ Crc = int
 
 
 @contextmanager
-def store_errors(what: str) -> Iterator[None]:
-    """Turn an ``OSError`` into ``StoreFullError`` where the disk is full, else into ``StoreError``."""
+def store_errors(what: str, *, when_full: str = "free space there, or give another store=") -> Iterator[None]:
+    """Turn an ``OSError`` into ``StoreFullError`` where the disk is full, else into ``StoreError``.
+
+    ``when_full`` is the next step where it is."""
     try:
         yield
     except StoreError:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise StoreFullError(f"{what}: {reason_of(error)}: free space there, or give another store=") from error
+            raise StoreFullError(f"{what}: {reason_of(error)}: {when_full}") from error
         raise StoreError(f"{what}: {reason_of(error)}: check the path, its rights and the disk") from error
 
 

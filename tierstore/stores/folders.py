@@ -26,6 +26,7 @@ from tierstore.stores.durable import sync, write_data, write_text
 from tierstore.stores.json_files import read_bytes, strict_json
 from tierstore.stores.reader import open_regular
 from tierstore.stores.workers import buffer_address
+from tierstore.stores.zarr_documents import array_document, group_document
 from tierstore.tensors import ITEMSIZE, TensorSpec
 
 LOCK = ".tierstore.lock"
@@ -62,27 +63,13 @@ class StoredArray:
 
     def document(self) -> str:
         """The array's ``zarr.json``."""
-        nbytes = self.spec.nbytes
         mine = {
             "name": self.spec.name,
             "dtype": self.spec.dtype,
             "shape": list(self.spec.shape),
             "crc32c": [f"{crc:08x}" for crc in self.crcs],
         }
-        return json.dumps(
-            {
-                "shape": [nbytes],
-                "data_type": "uint8",
-                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [max(nbytes, 1)]}},
-                "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-                "fill_value": 0,
-                "codecs": [{"name": "bytes"}],
-                "attributes": {"tierstore": mine},
-                "zarr_format": 3,
-                "node_type": "array",
-                "storage_transformers": [],
-            }
-        )
+        return array_document(self.spec.nbytes, mine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +83,7 @@ class Stored:
         """The group's ``zarr.json``, written last."""
         folders = [array.folder for array in self.arrays]
         mine = {"layout": LAYOUT, "fingerprint": self.fingerprint, "complete": True, "arrays": folders}
-        return json.dumps({"attributes": {"tierstore": mine}, "zarr_format": 3, "node_type": "group"})
+        return group_document(mine)
 
     @property
     def nbytes(self) -> int:

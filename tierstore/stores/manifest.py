@@ -32,11 +32,10 @@ from tierstore.stores.checked_json import (
 )
 from tierstore.stores.durable import crc32c
 from tierstore.stores.json_files import kind_of, strict_json
-from tierstore.tensors import TensorSpec
+from tierstore.stores.zarr_documents import group_document
+from tierstore.tensors import KEEP, TensorSpec
 
 LAYOUT_VERSION = 1
-KEEP = "keep"
-"""The format of a tensor that is stored as it is."""
 ALIGN = 4096
 """Bytes: where a stored tensor may begin in its unit file."""
 MAX_DOCUMENT_NBYTES = 100_000_000
@@ -74,6 +73,11 @@ class PackedEntry:
     def nbytes(self) -> int:
         """Bytes stored, without padding."""
         return sum(part.nbytes for part in self.stored)
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes before packing."""
+        return TensorSpec(self.name, self.dtype, self.shape).nbytes
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,11 @@ class Manifest:
         """Bytes of all unit files."""
         return sum(unit.nbytes for unit in self.units)
 
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes of all tensors before packing."""
+        return sum(entry.source_nbytes for entry in self.tensors.values())
+
     def document(self) -> str:
         """The group's ``zarr.json``."""
         mine: dict[str, object] = {
@@ -139,7 +148,7 @@ class Manifest:
             "files": {name: {"nbytes": f.nbytes, "crc32c": f"{f.crc32c:08x}"} for name, f in self.files.items()},
         }
         mine["crc32c"] = f"{_crc_of(mine):08x}"
-        return json.dumps({"attributes": {"tierstore": mine}, "zarr_format": 3, "node_type": "group"})
+        return group_document(mine)
 
 
 def unit_name(number: int) -> str:

@@ -21,6 +21,7 @@ from tierstore.stores.checked_json import AGAIN, short
 from tierstore.stores.json_files import read_bytes, strict_json
 from tierstore.stores.manifest import ALIGN, MAX_DOCUMENT_NBYTES, Manifest, PackedUnit, parse_manifest, unit_name
 from tierstore.stores.reader import open_regular
+from tierstore.stores.zarr_documents import array_document
 
 GROUP = "weights.zarr"
 DOCUMENT = "zarr.json"
@@ -43,7 +44,6 @@ def windows_of(unit: PackedUnit) -> int:
 
 def unit_document(unit: PackedUnit, crcs: Sequence[int]) -> str:
     """The ``zarr.json`` of a unit; ``crcs`` are those of its windows."""
-    nbytes = unit.nbytes
     mine = {
         "parts": [
             {
@@ -59,20 +59,7 @@ def unit_document(unit: PackedUnit, crcs: Sequence[int]) -> str:
         "window_nbytes": WINDOW,
         "crc32c": [f"{crc:08x}" for crc in crcs],
     }
-    return json.dumps(
-        {
-            "shape": [nbytes],
-            "data_type": "uint8",
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [max(nbytes, 1)]}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": 0,
-            "codecs": [{"name": "bytes"}],
-            "attributes": {"tierstore": mine},
-            "zarr_format": 3,
-            "node_type": "array",
-            "storage_transformers": [],
-        }
-    )
+    return array_document(unit.nbytes, mine)
 
 
 def parse_unit(raw: bytes, unit: PackedUnit, where: str) -> tuple[PackedUnit, tuple[int, ...]]:

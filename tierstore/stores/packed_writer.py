@@ -18,7 +18,6 @@ from tierstore.errors import StoreError, StoreFullError, StoreMismatchError
 from tierstore.stores.checked_json import check_file_name
 from tierstore.stores.durable import sync, write_text
 from tierstore.stores.manifest import (
-    KEEP,
     Manifest,
     PackedEntry,
     PackedUnit,
@@ -31,7 +30,7 @@ from tierstore.stores.packed_files import DATA, DOCUMENT, GROUP, WINDOW, read_ma
 from tierstore.stores.streamed import StreamedFile
 from tierstore.stores.unfinished import Unfinished, bare, difference, faults, take_away_done
 from tierstore.stores.workers import PAGE
-from tierstore.tensors import TensorSpec
+from tierstore.tensors import KEEP, TensorSpec
 
 
 def find_packed(out: str | os.PathLike[str], plan: Manifest) -> Manifest | None:

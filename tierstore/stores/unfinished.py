@@ -8,21 +8,18 @@ OUT.part/store/                what becomes OUT by the last rename; a unit appea
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from tierstore.errors import StoreBusyError, StoreError, StoreFullError, StoreMismatchError
-from tierstore.stores.durable import sync
+from tierstore.errors import StoreBusyError, StoreError, StoreMismatchError
+from tierstore.stores.durable import store_errors, sync
 from tierstore.stores.folders import LOCK, FolderLock
 from tierstore.stores.manifest import Manifest, PackedUnit, parse_manifest, text_crc32c, unit_name
 from tierstore.stores.packed_files import DATA, GROUP, PLAN, part_of, read_file, read_unit
-from tierstore.stores.workers import reason_of
 
 _NEW = "new"
 
@@ -151,19 +148,9 @@ def difference(have: Manifest, want: Manifest) -> str:
     return "" if have.units == want.units else "cut into other units"
 
 
-@contextmanager
-def faults(what: str) -> Iterator[None]:
-    """Turn an ``OSError`` into ``StoreFullError`` where the disk is full, else into ``StoreError``."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise StoreFullError(
-                f"{what}: {reason_of(error)}: what is whole stays: free space there and pack again, which goes on"
-            ) from error
-        raise StoreError(f"{what}: {reason_of(error)}: check the path, its rights and the disk") from error
+def faults(what: str) -> AbstractContextManager[None]:
+    """``store_errors`` of one who packs."""
+    return store_errors(what, when_full="what is whole stays: free space there and pack again, which goes on")
 
 
 def _refuse_other(part: Path) -> None:

@@ -2,7 +2,6 @@
 
 What is written is a Zarr v3 group (https://zarr-specs.readthedocs.io/en/latest/v3/core/) with one uncompressed
 uint8 array of a single chunk per tensor, so that ``<array>/c/0`` holds its raw bytes and any Zarr reader opens it.
-The documents are made here and not by zarr-python, which would keep its threads in the process; tests compare.
 """
 
 from __future__ import annotations
