@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tierstore.errors import ModuleError
-from tierstore.formats.format import Format, Parts, matrices_of
+from tierstore.formats.format import Format, Parts, matrices_in, matrices_of
 from tierstore.formats.named import format_named
 from tierstore.formats.scratch import Scratch
 from tierstore.formats.tiles import tiles
@@ -119,8 +119,7 @@ def relative_error(form: Format, parts: Parts, tensor: Tensor, scratch: Scratch)
     """
     front, n, k = matrices_of(tensor.shape)
     wrong, whole = 0.0, 0.0
-    for number, matrix in enumerate(tensor.reshape(-1, n, k)):
-        own = {name: part.reshape(-1, *part.shape[len(front) :])[number] for name, part in parts.items()}
+    for matrix, own in zip(tensor.reshape(-1, n, k), matrices_in(parts, front), strict=True):
         for first, values in tiles(form, own, n, k, torch.float32, scratch):
             rows = matrix[first : first + len(values)].float()
             whole += float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2

@@ -16,6 +16,7 @@ import copy
 import hashlib
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from tierstore.errors import ModuleError, StoreReadError
 from tierstore.formats.feedback import damping_for, pack_with_feedback
-from tierstore.formats.format import Format, Parts, matrices_of, pack_tensor, unpack_tensor
+from tierstore.formats.format import Format, Parts, matrices_of, pack_matrices, pack_tensor, unpack_tensor
 from tierstore.hf.grams import Gram, Grams
 from tierstore.hf.layers import Call, DecoderLayers, layers_path
 from tierstore.hf.model import listed
@@ -173,22 +174,19 @@ class Calibrator:
 
     def _packed(self, name: str, form: Format, weight: Tensor, grams: Mapping[int, Gram]) -> Parts:
         """The parts of a stack of matrices, each by the Gram of its number."""
-        front, n, k = matrices_of(weight.shape)
-        made: dict[str, Tensor] = {}
-        stack = weight.reshape(-1, n, k)
+        front, _, k = matrices_of(weight.shape)
         taught = {number: gram for number, gram in grams.items() if gram.tokens * MOST_FEATURES_A_TOKEN >= k}
-        for number, matrix in enumerate(stack):
+
+        def pack(number: int, matrix: Tensor) -> dict[str, Tensor]:
             if (gram := taught.get(number)) is None:
-                parts = form.pack(matrix)
-            else:
-                parts = pack_with_feedback(form, matrix, gram.matrix, damping_for(gram.tokens, k))
-            for part, tensor in parts.items():
-                made.setdefault(part, tensor.new_empty((len(stack), *tensor.shape)))[number] = tensor
-        if len(taught) < len(stack):
+                return form.pack(matrix)
+            return pack_with_feedback(form, matrix, gram.matrix, damping_for(gram.tokens, k))
+
+        if len(taught) < (count := prod(front)):
             why = "as hardly any tokens reached them" if grams else "as no product x @ w.T uses them"
-            some = f" ({len(stack) - len(taught)} of {len(stack)})" if front else ""
+            some = f" ({count - len(taught)} of {count})" if front else ""
             self._untaught.setdefault(why, []).append(name + some)
-        return {part: tensor.reshape(*front, *tensor.shape[1:]) for part, tensor in made.items()}
+        return pack_matrices(form, weight, pack)
 
     def _stand_ins(self) -> DecoderLayers:
         """The model, wholly there but for its layers and heads."""

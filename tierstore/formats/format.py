@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Protocol
 
@@ -64,18 +64,30 @@ def part_specs(form: Format, shape: Sequence[int]) -> tuple[TensorSpec, ...]:
 
 def pack_tensor(form: Format, tensor: Tensor) -> dict[str, Tensor]:
     """The parts of a whole tensor, one matrix at a time."""
+    return pack_matrices(form, tensor, lambda number, matrix: form.pack(matrix))
+
+
+def pack_matrices(form: Format, tensor: Tensor, pack: Callable[[int, Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The parts of a whole tensor; ``pack`` gives those of each of its matrices, which it is told the number of."""
     front, n, k = matrices_of(tensor.shape)
     if not front:
-        return form.pack(tensor.reshape(n, k))
-    flat = tensor.reshape(prod(front), n, k)
+        return pack(0, tensor.reshape(n, k))
     made = {
         part.name: tensor.new_empty(part.shape, dtype=getattr(torch, part.dtype))
         for part in part_specs(form, tensor.shape)
     }
-    for number, matrix in enumerate(flat):
-        for name, part in form.pack(matrix).items():
-            made[name].flatten(0, len(front) - 1)[number] = part
+    flat = tensor.reshape(prod(front), n, k)
+    for number, (matrix, place) in enumerate(zip(flat, matrices_in(made, front), strict=True)):
+        for name, part in pack(number, matrix).items():
+            place[name].copy_(part)
     return made
+
+
+def matrices_in(parts: Parts, front: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+    """The parts of each matrix of a stack with ``front`` axes, as views, in the order of its memory."""
+    flat = {name: part.flatten(0, len(front) - 1) if front else part[None] for name, part in parts.items()}
+    for number in range(prod(front)):
+        yield {name: part[number] for name, part in flat.items()}
 
 
 def unpack_tensor(form: Format, parts: Parts, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -83,8 +95,6 @@ def unpack_tensor(form: Format, parts: Parts, shape: Sequence[int], dtype: torch
     front, n, k = matrices_of(shape)
     some = next(iter(parts.values()))
     out = torch.empty((*front, n, k), dtype=dtype, device=some.device)
-    flat = out.reshape(prod(front), n, k)
-    for number in range(len(flat)):
-        inside = {name: part.flatten(0, len(front) - 1)[number] if front else part for name, part in parts.items()}
-        flat[number] = form.unpack(inside, n, k)
+    for matrix, own in zip(out.reshape(prod(front), n, k), matrices_in(parts, front), strict=True):
+        matrix.copy_(form.unpack(own, n, k))
     return out.reshape(tuple(shape))

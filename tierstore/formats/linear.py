@@ -15,7 +15,7 @@ from torch import Tensor
 from tierstore.errors import DeviceError
 from tierstore.formats.bf16 import Bf16
 from tierstore.formats.cpu import arithmetic, choose, int4_tile_rows, packed_product
-from tierstore.formats.format import Format, Parts, matrices_of
+from tierstore.formats.format import Format, Parts, matrices_in, matrices_of
 from tierstore.formats.fp4 import Fp4
 from tierstore.formats.fp8 import Fp8
 from tierstore.formats.int4 import Int4
@@ -82,8 +82,7 @@ def dequantise(form: Format, parts: Parts, shape: Sequence[int], dtype: torch.dt
     else:
         out = scratch.take("whole", whole, dtype, device)
     if out.numel() and device.type != "meta":
-        for number, matrix in enumerate(out.view(-1, n, k)):
-            own = {name: part.view(-1, *part.shape[len(front) :])[number] for name, part in parts.items()}
+        for matrix, own in zip(out.view(-1, n, k), matrices_in(parts, front), strict=True):
             for first, tile in tiles(form, own, n, k, dtype, work):
                 matrix[first : first + len(tile)] = tile
     return out.view(tuple(shape))
