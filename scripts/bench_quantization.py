@@ -9,7 +9,6 @@ table, goals and, last, one line of JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -23,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark.command import nbytes, say
-from benchmark.table import Row, as_text
+from benchmark.command import nbytes, publish, say
+from benchmark.table import Row, as_text, goals_of
 from quantization import texts
 from quantization.likeness import Likeness, compare, log_probabilities, windows_of
 
@@ -241,13 +240,10 @@ def main() -> int:
         "length": chosen.length,
         "threads": chosen.threads,
         "seconds": time.perf_counter() - start,
-        "goals": {row.what: row.met for row in rows},
+        "goals": goals_of(rows),
         "figures": bench.figures,
     }
-    text = f"{table(bench.figures)}\n\n{as_text(rows)}\n\n{json.dumps(said)}\n"
-    if chosen.out:
-        chosen.out.write_text(text)
-    print(text, end="")
+    publish(f"{table(bench.figures)}\n\n{as_text(rows)}", said, chosen.out)
     return 0
 
 

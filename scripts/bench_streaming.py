@@ -8,25 +8,18 @@ table and, last, one line of JSON.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import signal
 import sys
-import tempfile
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmark import disk, verdicts
-from benchmark.cap import CapError
 from benchmark.child import ChildError, Children
-from benchmark.command import nbytes, say
+from benchmark.command import measured, nbytes, parser_for, publish, say
 from benchmark.job import Job
 from benchmark.machine import machine
-from benchmark.table import Row, as_text
+from benchmark.table import Row, as_text, goals_of
 from make_checkpoint import Shape, make_checkpoint
 
 from tierstore.budget import format_nbytes
@@ -133,34 +126,20 @@ class Bench:
 
 def arguments() -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="keep the checkpoint here, and use it when it is there")
-    parser.add_argument("--cap", type=nbytes, default=4 << 30, help="memory of each process, as 4GiB (the default)")
-    parser.add_argument("--no-cap", action="store_true", help="without cgroup and dropped caches: no root is needed")
+    parser = parser_for(__doc__, timeout=150)
     parser.add_argument("--hbm", type=nbytes, help="budget of tierstore and Accelerate (default: the cap - 700 MiB)")
     parser.add_argument("--groups", type=int, default=4, help="of 4 passes, the disk measured between (default: 4)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch (default: every core)")
-    parser.add_argument("--timeout", type=float, default=150, help="seconds for each process (default: 150)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
-    parser.add_argument("--out", type=Path, help="write table and JSON here too")
-    parser.add_argument("--smoke", action="store_true", help="a tiny checkpoint, no cap, no fio: does it all run?")
     return parser.parse_args()
 
 
 def main() -> int:
     chosen = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children, cgroups and files are cleaned up
     where = machine()
-    with ExitStack() as closing:
-        beside = chosen.checkpoint.resolve().parent if chosen.checkpoint else None
-        scratch = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="tierstore-bench-", dir=beside)))
-        start = time.perf_counter()
-        try:
-            bench = Bench(chosen, scratch)
-            bench.run()
-        except (CapError, ChildError, disk.FioError) as error:
-            print(f"bench_streaming: {error}", file=sys.stderr)
-            return 1
+    done = measured("bench_streaming", chosen, Bench)
+    if done is None:
+        return 1
+    bench, seconds = done
     said = {
         "bench": "streaming",
         "machine": where,
@@ -169,14 +148,11 @@ def main() -> int:
         "hbm_nbytes": bench.hbm,
         "cap_nbytes": None if chosen.smoke or chosen.no_cap else chosen.cap,
         "threads": chosen.threads,
-        "seconds": time.perf_counter() - start,
-        "goals": {row.what: row.met for row in bench.rows if row.met is not None},
+        "seconds": seconds,
+        "goals": goals_of(bench.rows),
         "figures": bench.figures,
     }
-    text = f"{as_text(bench.rows)}\n\n{json.dumps(said)}\n"
-    if chosen.out:
-        chosen.out.write_text(text)
-    print(text, end="")
+    publish(as_text(bench.rows), said, chosen.out)
     return 1 if bench.failed else 0
 
 

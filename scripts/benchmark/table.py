@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -14,6 +14,16 @@ class Row:
     measured: str
     goal: str = ""
     met: bool | None = None
+
+
+def at_most(what: str, value: float, goal: float) -> Row:
+    """A figure that is to be no more than ``goal``."""
+    return Row(what, f"{value:.3f}", f"<= {goal:.2f}", value <= goal)
+
+
+def goals_of(rows: Iterable[Row]) -> dict[str, bool]:
+    """Which goals were met, by what was measured."""
+    return {row.what: row.met for row in rows if row.met is not None}
 
 
 def as_text(rows: Sequence[Row]) -> str:

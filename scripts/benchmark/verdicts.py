@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from benchmark.table import Row
+from benchmark.table import Row, at_most
 
 DECODE_GOAL = 1.05
 PREFILL_GOAL = 1.10
@@ -55,12 +55,12 @@ def decode_rows(decode: Found, resident: Found, checkpoint_nbytes: int, hbm: int
     yield Row("decode: compute alone, all resident", _seconds(compute))
     yield Row("decode: transfer alone", f"{_gib(decode['streamed_nbytes'])}, {_seconds(streaming.transfer_seconds)}")
     yield Row("decode: wall per token", _seconds(streaming.wall_seconds))
-    yield _at_most("decode: wall / max(compute, transfer)", streaming.ratio, DECODE_GOAL)
+    yield at_most("decode: wall / max(compute, transfer)", streaming.ratio, DECODE_GOAL)
     yield from _equal("decode: tokens and logits equal to the plain model", decode, resident)
     first, ideal = decode["first_token_seconds"], 2 * checkpoint_nbytes / sum(decode["rates"][:2])
     yield Row("first token from cold, imports apart", _seconds(first))
     yield Row("imports", _seconds(decode["import_seconds"]))
-    yield _at_most("first token / (checkpoint bytes / disk rate)", first / ideal, FIRST_TOKEN_GOAL)
+    yield at_most("first token / (checkpoint bytes / disk rate)", first / ideal, FIRST_TOKEN_GOAL)
     yield Row("first token: streamed", f"{_gib(decode['moved_nbytes'][0])} of {_gib(checkpoint_nbytes)}")
     above = decode["peak_nbytes"] - hbm
     goal = f"<= {MEMORY_GOAL_NBYTES >> 20} MiB"
@@ -79,7 +79,7 @@ def prefill_rows(prefill: Found, resident: Found) -> Iterator[Row]:
     yield Row(f"prefill of {resident['length']} tokens: compute alone", _seconds(compute))
     yield Row("prefill: transfer alone", f"{_gib(prefill['streamed_nbytes'])}, {_seconds(streaming.transfer_seconds)}")
     yield Row("prefill: wall", _seconds(streaming.wall_seconds))
-    yield _at_most("prefill: wall / max(compute, transfer)", streaming.ratio, PREFILL_GOAL)
+    yield at_most("prefill: wall / max(compute, transfer)", streaming.ratio, PREFILL_GOAL)
     equal = set(prefill["digests"]) == set(resident["prefill"]["digests"])
     yield Row("prefill: logits equal to the plain model", "yes" if equal else "no", "yes", equal)
 
@@ -113,10 +113,6 @@ def _equal(what: str, ours: Found, reference: Found) -> Iterator[Row]:
     count = min(len(ours["tokens"]), len(reference["tokens"]))
     equal = all(ours[key][:count] == reference[key][:count] for key in ("tokens", "digests"))
     yield Row(what, f"{'yes' if equal else 'no'}, {count} tokens", "yes", equal)
-
-
-def _at_most(what: str, ratio: float, goal: float) -> Row:
-    return Row(what, f"{ratio:.3f}", f"<= {goal:.2f}", ratio <= goal)
 
 
 def _seconds(seconds: float) -> str:
