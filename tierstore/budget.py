@@ -73,16 +73,43 @@ class Budget:
     ``hbm``: all weight bytes on the compute device at any moment (on a machine without a GPU: the
     compute working set in RAM). ``ram``: pinned host memory (without a GPU: a second cache of
     weights in RAM, used in place). ``nvme``: what may be written below ``store=``; None is no bound.
+
+    A KV cache has bounds of its own, beside those: ``kv_hbm`` of pages, and of room to work on them, on the compute
+    device; ``kv_ram`` of pages in pinned host memory (without a GPU: further pages, used in place); ``kv_nvme`` of
+    pages on disk. ``kv_hbm=0`` leaves the cache to whoever runs the model. ``activations`` bounds the intermediate
+    results of a long input, which is then worked on in chunks; None is no bound.
+
     Each is an int or text such as ``"8GiB"``, ``"8GB"`` or ``"512MiB"``.
     """
 
     hbm: int
     ram: int
     nvme: int | None
+    kv_hbm: int
+    kv_ram: int
+    kv_nvme: int
+    activations: int | None
 
-    def __init__(self, hbm: int | str, ram: int | str = 0, nvme: int | str | None = None) -> None:
-        object.__setattr__(self, "hbm", parse_nbytes(hbm, what="Budget.hbm"))
-        object.__setattr__(self, "ram", parse_nbytes(ram, what="Budget.ram"))
-        object.__setattr__(self, "nvme", None if nvme is None else parse_nbytes(nvme, what="Budget.nvme"))
+    def __init__(
+        self,
+        hbm: int | str,
+        ram: int | str = 0,
+        nvme: int | str | None = None,
+        *,
+        kv_hbm: int | str = 0,
+        kv_ram: int | str = 0,
+        kv_nvme: int | str = 0,
+        activations: int | str | None = None,
+    ) -> None:
+        bounded = {"hbm": hbm, "ram": ram, "kv_hbm": kv_hbm, "kv_ram": kv_ram, "kv_nvme": kv_nvme}
+        for name, value in bounded.items():
+            object.__setattr__(self, name, parse_nbytes(value, what=f"Budget.{name}"))
+        for name, bound in {"nvme": nvme, "activations": activations}.items():
+            object.__setattr__(self, name, None if bound is None else parse_nbytes(bound, what=f"Budget.{name}"))
         if self.hbm == 0:
             raise BudgetError("Budget.hbm is 0: weights must stand somewhere to be computed with, give at least 1 byte")
+        lower = "Budget.kv_ram" if self.kv_ram else "Budget.kv_nvme" if self.kv_nvme else None
+        if lower is not None and self.kv_hbm == 0:
+            raise BudgetError(f"{lower} is given and Budget.kv_hbm is 0: pages are written there first, give it bytes")
+        if self.activations == 0:
+            raise BudgetError("Budget.activations is 0: nothing can be computed without them, give bytes or None")
