@@ -25,6 +25,7 @@ ERRORS = {
     "ChecksumError": "StoreError",
     "CheckpointError": "TierstoreError",
     "ModuleError": "TierstoreError",
+    "PageLostError": "TierstoreError",
     "DeviceError": "TierstoreError",
     "SessionClosedError": "TierstoreError",
 }

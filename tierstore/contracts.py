@@ -124,6 +124,74 @@ class WritableStore(Store, Protocol):
         ...
 
 
+class PageRun(Protocol):
+    """Cells of KV pages that were put into a ``PageStore`` together, numbered from 0. Equal to itself only."""
+
+    @property
+    def cells(self) -> int:
+        """How many cells were put."""
+        ...
+
+    @property
+    def fence(self) -> Fence:
+        """Complete when the cells are written and the buffer they came from is free again.
+        Raises ``StoreFullError`` when the disk was full, else ``StoreError``: then none of the cells was put down."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CellRead:
+    """Cells ``[first, first + count)`` of ``run``, to go to ``into``: exactly their bytes, in host memory."""
+
+    run: PageRun
+    first: int
+    count: int
+    into: Buffer
+
+
+class PageStore(Protocol):
+    """Cells of KV pages at rest, each of ``cell_nbytes`` that never change. One thread at a time calls it."""
+
+    @property
+    def cell_nbytes(self) -> int:
+        """Bytes of each cell."""
+        ...
+
+    @property
+    def capacity_nbytes(self) -> int:
+        """Bytes the store takes at most, what runs are rounded up to included."""
+        ...
+
+    @property
+    def written_nbytes(self) -> int:
+        """Bytes of cells put so far, whatever became of them since."""
+        ...
+
+    def put(self, cells: int, data: Buffer, *, after: Sequence[Fence] = ()) -> PageRun:
+        """Start writing ``cells`` cells, one behind the other in ``data`` (host memory), once ``after`` is complete.
+
+        ``data`` must not change until the run's fence is done. Raises ``StoreFullError`` at once when
+        ``capacity_nbytes`` leaves no room, and then nothing has changed. Every cell of the run is to be freed
+        once, also when its fence raised."""
+        ...
+
+    def read(self, requests: Sequence[CellRead]) -> Fence:
+        """Start reading cells of runs whose fence is done; ``StoreError`` at once for others and for freed cells.
+
+        The fence raises ``PageLostError`` when cells are missing or changed: their bytes in ``into`` are then
+        anything, all other cells have arrived. The buffers must stay valid until the fence is done."""
+        ...
+
+    def free(self, run: PageRun, cell: int) -> None:
+        """Forget a cell, also while it is written or read. The space of a run is used anew when all its cells
+        are free and nothing under way uses it."""
+        ...
+
+    def close(self) -> None:
+        """Forget everything, end every thread, delete what is on disk. What is queued fails its fence. Idempotent."""
+        ...
+
+
 class CopyEngine(Protocol):
     """The only thing that moves bytes between host memory and the compute device."""
 

@@ -14,6 +14,7 @@
     │   └── ChecksumError                  bytes came back different from what was written
     ├── CheckpointError(ValueError)        a checkpoint does not describe the model it is loaded into
     ├── ModuleError(TypeError)             a module or parameter cannot be offloaded, with the reason
+    ├── PageLostError(LookupError)         cells of KV pages that were put down cannot be brought back
     ├── DeviceError(RuntimeError)          a device, driver or option this machine does not have
     └── SessionClosedError(RuntimeError)   a session was used after ``close()``
 
@@ -21,6 +22,9 @@ Each message names the thing, the need, the have and the next step.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 
 class TierstoreError(Exception):
@@ -81,6 +85,16 @@ class CheckpointError(TierstoreError, ValueError):
 
 class ModuleError(TierstoreError, TypeError):
     """A module or one of its parameters cannot be offloaded."""
+
+
+class PageLostError(TierstoreError, LookupError):
+    """Cells of KV pages cannot be brought back: missing, or not the bytes that were put down.
+
+    ``cells`` says which: ``(run, cell)`` each from a ``PageStore``, ``(layer, page)`` each from a pager."""
+
+    def __init__(self, message: str, *, cells: Sequence[tuple[Any, int]]) -> None:
+        super().__init__(message)
+        self.cells = tuple(cells)
 
 
 class DeviceError(TierstoreError, RuntimeError):
