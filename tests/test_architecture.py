@@ -14,7 +14,7 @@ MAX_LINES = 350
 FLOORS = {
     0: "errors extents tensors budget moves events",
     1: "contracts arena order pages slots ledger plan simulate kernels",
-    2: "machine stores pools copies feeds formats",
+    2: "machine stores pools copies feeds formats kvformats",
     3: "prefetch paging",
     4: "binding hf",
     5: "session offloading spilling loading composing feeding measuring runtime backends packing assembly "
