@@ -1,0 +1,186 @@
+"""Attention over a part of the keys with its log-sum-exp, and the merge of parts into the whole, in plain torch.
+
+Softmax over keys in parts is exact: what a part gives is weighted by the share that its exponentials have in the sum
+(online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867). Query heads that read the same key head are folded into
+its queries, so keys and values are never repeated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+_SCORES = 1 << 22
+"""So many scores, at most, stand in memory at once where no fused operation does the work: 16 MiB."""
+_MOST_NEGATIVE = torch.finfo(torch.float32).min
+
+
+class Partial(NamedTuple):
+    """Attention over some of the keys: ``out`` float32 [S, Hq, Lq, Dv], as if there were no others, and ``lse`` float32
+    [S, Hq, Lq], the logarithm of the sum of the exponentials of their scores. Without any key 0 and -inf."""
+
+    out: Tensor
+    lse: Tensor
+
+
+def partial(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float, softcap: float | None = None
+) -> Partial:
+    """Attention of ``q`` [S, Hq, Lq, Dk] over ``k`` [S, Hkv, N, Dk] and ``v`` [S, Hkv, N, Dv], all of one dtype.
+
+    Hq is a multiple of Hkv: query head ``h`` reads key head ``h * Hkv // Hq``. Views with any strides will do, and are
+    read where they lie as long as neighbouring elements of a head are neighbours in memory. ``mask`` can be broadcast
+    to [S, Hq, Lq, N]: bool, False where a query must not look, or what is added to the scores. What is masked must be
+    finite all the same. Scores are ``softcap * tanh(q @ k.T * scale / softcap)``, or without a softcap just scaled.
+    Raises ``ValueError`` for shapes or dtypes that do not belong together.
+    """
+    _check(q, k, v)
+    heads, group = k.shape[1], q.shape[1] // max(k.shape[1], 1)
+    if mask is not None:
+        mask = _added(mask, q, k)
+    shape = q.shape[:3]
+    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
+        return Partial(q.new_zeros((*shape, v.shape[-1]), dtype=torch.float32), _nothing(q))
+    folded = q.reshape(q.shape[0], heads, group * q.shape[2], q.shape[3])
+    if mask is not None:
+        mask = _fold_mask(mask, heads, group, q.shape[2])
+    if softcap is None and q.device.type == "cpu":
+        found = _fused_on_cpu(folded, k, v, mask, scale)
+    else:
+        found = _in_float32(folded, k, v, mask, scale, softcap)
+    return Partial(found.out.reshape(*shape, v.shape[-1]), found.lse.reshape(shape))
+
+
+def shared(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float, softcap: float | None = None
+) -> Partial:
+    """``partial`` of ``q`` [R, Hq, Lq, Dk], whose R rows all look at the same ``k`` [1, Hkv, N, Dk] and ``v``
+    [1, Hkv, N, Dv], which are read once: rows become queries. ``mask`` can be broadcast to [R, Hq, Lq, N]."""
+    if k.shape[0] != 1:
+        raise ValueError(f"k has {k.shape[0]} rows: rows that share keys share one, use partial for others")
+    rows, heads, queries, dim = q.shape
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
+        if mask.shape[0] > 1 or mask.shape[2] > 1:
+            mask = mask.expand(rows, -1, queries, -1).transpose(0, 1).flatten(1, 2)[None]
+    found = partial(q.transpose(0, 1).reshape(1, heads, rows * queries, dim), k, v, mask, scale=scale, softcap=softcap)
+    out = found.out.view(heads, rows, queries, v.shape[-1]).transpose(0, 1)
+    return Partial(out, found.lse.view(heads, rows, queries).transpose(0, 1))
+
+
+def combine(parts: Sequence[Partial]) -> Partial:
+    """Parts over different keys of the same queries as one part, of at least one; the order does not matter but for
+    rounding."""
+    if len(parts) == 1:
+        return parts[0]
+    lses = torch.stack([part.lse for part in parts])
+    lse = lses.logsumexp(0)
+    shares = lses.sub_(lse.clamp(min=_MOST_NEGATIVE)).exp_().unsqueeze(-1)
+    out = parts[0].out * shares[0]
+    for part, share in zip(parts[1:], shares[1:], strict=True):
+        out.addcmul_(part.out, share)
+    return Partial(out, lse)
+
+
+def merge(parts: Sequence[Partial], sinks: Tensor | None = None) -> Tensor:
+    """Attention over the keys of all ``parts``, float32 [S, Hq, Lq, Dv].
+
+    ``sinks`` [Hq] are scores that take a share of each query's attention and give no value (attention sinks). May be
+    the memory of a part's ``out``, when it is the only one.
+    """
+    out, lse = combine(parts)
+    if sinks is None:
+        return out
+    return out * torch.sigmoid(lse - sinks.to(lse.dtype)[:, None]).unsqueeze(-1)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    def fail(need: str) -> None:
+        shapes = ", ".join(f"{name} {list(t.shape)} {t.dtype}" for name, t in (("q", q), ("k", k), ("v", v)))
+        raise ValueError(f"{shapes}: {need}")
+
+    if not q.dim() == k.dim() == v.dim() == 4:
+        fail("4 dimensions are needed: rows, heads, tokens, head_dim")
+    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        fail("q and k must have the same rows and head_dim, k and v the same rows, heads and tokens")
+    if q.shape[1] % k.shape[1] if k.shape[1] else q.shape[1]:
+        fail("q must have a multiple of the heads of k")
+    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
+        fail("one floating dtype is needed")
+
+
+def _nothing(q: Tensor) -> Tensor:
+    return q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
+
+
+def _added(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """``mask`` as what is added to scores, with all 4 dimensions, of which the last is that of the keys."""
+    whole = (*q.shape[:3], k.shape[2])
+    try:
+        mask.expand(whole)
+    except RuntimeError as error:
+        raise ValueError(f"mask {list(mask.shape)} cannot be broadcast to {list(whole)}") from error
+    mask = mask[(None,) * (4 - mask.dim())]
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
+    elif mask.dtype != q.dtype:
+        mask = mask.float()
+    return mask.expand(-1, -1, -1, k.shape[2])
+
+
+def _fold_mask(mask: Tensor, heads: int, group: int, queries: int) -> Tensor:
+    """From [S or 1, Hq or 1, Lq or 1, N] to [S or 1, Hkv or 1, group * Lq or 1, N]."""
+    rows, theirs, _, keys = mask.shape
+    if mask.shape[1:3] == (1, 1) or group == 1:
+        return mask
+    if theirs == 1:
+        return mask.unsqueeze(2).expand(rows, 1, group, queries, keys).reshape(rows, 1, group * queries, keys)
+    return mask.expand(rows, theirs, queries, keys).reshape(rows, heads, group * queries, keys)
+
+
+def _fused_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Partial:
+    """By torch's own flash attention, which reads keys and values with any strides but that of the last dimension.
+
+    It needs head sizes to be equal, at least one key, and gives 0 as the log-sum-exp of a query that sees none. One
+    bfloat16 query takes it several times as long as two, and float16 longer than float32.
+    """
+    if q.dtype == torch.float16:
+        q, k, v = q.float(), k.float(), v.float()
+    queries, size, width = q.shape[2], v.shape[3], max(q.shape[3], v.shape[3])
+    if queries == 1 and q.dtype == torch.bfloat16:
+        q = q.expand(-1, -1, 2, -1)
+    q, k, v = (_neighbouring(pad(t, (0, width - t.shape[3])) if t.shape[3] < width else t) for t in (q, k, v))
+    if mask is not None and mask.dtype != q.dtype:
+        mask = mask.float()
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+    out, lse = out[:, :, :queries, :size].float(), lse[:, :, :queries].float()
+    if mask is not None and bool((lse == 0).any()):
+        lse = lse.masked_fill((mask == -math.inf).all(-1), -math.inf)
+    return Partial(out, lse)
+
+
+def _neighbouring(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _in_float32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Partial:
+    """Some keys at a time, in float32, on any device."""
+    q, keys = q.float() * scale, k.shape[2]
+    step = max(16, _SCORES // (q.numel() // q.shape[3]))
+    found: list[Partial] = []
+    for start in range(0, keys, step):
+        there = slice(start, min(start + step, keys))
+        scores = q @ k[:, :, there].float().transpose(-1, -2)
+        if softcap is not None:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
+        if mask is not None:
+            scores += mask[..., there]
+        lse = scores.logsumexp(-1)
+        weights = scores.sub_(lse.clamp(min=_MOST_NEGATIVE).unsqueeze(-1)).exp_()
+        found = [combine([*found, Partial(weights @ v[:, :, there].float(), lse)])]
+    return found[0]
