@@ -1,0 +1,97 @@
+"""How many tokens at once a bound on activations allows, for a layer whose needs a token are known.
+
+What lives at the same time in a decoder layer is counted as elements a token, generously: a norm in float32; the
+queries, keys and values before and after their rotation, and what attention gives, summed up in float32; the hidden
+states beside an MLP, and a few tensors as wide as it is within. ``scripts/bench_activations.py`` measures how near
+that comes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tierstore.budget import format_nbytes
+from tierstore.errors import PlanError
+
+CHUNK_TOKENS = 64
+"""Chunks of more tokens are multiples of this, so that they fill whole pages."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one token needs of a decoder layer, in elements of ``dtype_nbytes`` bytes, and of the head behind them.
+
+    ``queries`` are heads times width, ``keys`` those of keys and values together, ``inner`` is the width of the MLP
+    within. ``chunked_mlp`` says whether an MLP can be run over fewer rows than the rest of its layer.
+    ``key_nbytes`` are the bytes that a token has for every key that it may see: those of a dense mask, or of scores
+    that attention writes down; 0 where it does neither.
+    """
+
+    hidden: int
+    inner: int
+    queries: int
+    keys: int
+    vocabulary: int
+    dtype_nbytes: int
+    chunked_mlp: bool
+    key_nbytes: int = 0
+
+    @property
+    def attention_nbytes(self) -> int:
+        """Of a token, while its layer is at a norm or at attention."""
+        attention = (3 * self.hidden + 5 * self.queries + 3 * self.keys) * self.dtype_nbytes + 3 * 4 * self.queries
+        norm = self.hidden * (2 * self.dtype_nbytes + 3 * 4)
+        return max(attention, norm)
+
+    @property
+    def beside_nbytes(self) -> int:
+        """Of a token, while its layer is at the MLP, but for what lives within that."""
+        return 4 * self.hidden * self.dtype_nbytes
+
+    @property
+    def inner_nbytes(self) -> int:
+        """Of a token within the MLP."""
+        return (5 * self.inner + self.hidden) * self.dtype_nbytes
+
+    @property
+    def logits_nbytes(self) -> int:
+        """Of one row of logits, and of the same row in float32."""
+        return self.vocabulary * (self.dtype_nbytes + 4)
+
+
+@dataclass(frozen=True)
+class ActivationPlan:
+    """``prefill_tokens`` of every row of a batch go through the model at a time, and of all these tokens together
+    ``mlp_tokens`` through an MLP."""
+
+    prefill_tokens: int
+    mlp_tokens: int
+
+
+def build_activation_plan(nbytes: int, shape: LayerShape, *, batch: int, context: int) -> ActivationPlan:
+    """The most tokens that ``nbytes`` of activations allow, for ``batch`` rows of at most ``context`` positions.
+
+    Logits of one position a row are counted; more are a result that the caller asked for. Raises ``PlanError``, with
+    the smallest number of bytes that would do, where one token a row does not fit.
+    """
+    keyed = shape.attention_nbytes + context * shape.key_nbytes
+    # a dense mask, or what it is made of, lives on beside the MLP
+    beside = shape.beside_nbytes + context * shape.key_nbytes
+    least_inner = shape.inner_nbytes if shape.chunked_mlp else batch * shape.inner_nbytes
+    logits = batch * shape.logits_nbytes
+    needed = logits + max(batch * keyed, batch * beside + least_inner)
+    if nbytes < needed:
+        raise PlanError(
+            f"one token of {batch} rows with {context} positions needs {format_nbytes(needed)} of activations, the "
+            f"budget has {format_nbytes(nbytes)}: raise Budget.activations to at least {needed} bytes",
+            needed=needed,
+        )
+    room = nbytes - logits
+    if shape.chunked_mlp:
+        tokens = min(room // (batch * keyed), (room - least_inner) // (batch * beside))
+    else:
+        tokens = room // (batch * max(keyed, beside + shape.inner_nbytes))
+    if tokens > CHUNK_TOKENS:
+        tokens -= tokens % CHUNK_TOKENS
+    within = (room - tokens * batch * beside) // shape.inner_nbytes
+    return ActivationPlan(tokens, min(within, tokens * batch))
