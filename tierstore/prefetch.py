@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from threading import RLock
 
 from tierstore.budget import format_nbytes
 from tierstore.contracts import Feed, Fence, Lease, Pool
 from tierstore.errors import CapacityError, SessionClosedError, TierstoreError
 from tierstore.events import Missed, Recorder, Stalled
+from tierstore.fences import Over
 from tierstore.ledger import Ledger
 from tierstore.order import Order
 from tierstore.tensors import Unit
@@ -35,28 +35,6 @@ class _Held:
         """Note that a use ends with ``fence``."""
         self.marks = [mark for mark in self.marks if not mark.done()]
         self.marks.append(fence)
-
-
-class _Over:
-    """Done when all of some fences are, whether their work succeeded or not: all that reuse of memory needs."""
-
-    __slots__ = ("_fences",)
-
-    def __init__(self, fences: Sequence[Fence]) -> None:
-        self._fences = fences
-
-    def done(self) -> bool:
-        return all(fence.done() for fence in self._fences)
-
-    def wait(self) -> None:
-        for fence in self._fences:
-            with suppress(TierstoreError):  # whoever used the unit was told; here only the end of the work matters
-                fence.wait()
-
-    def gate(self) -> None:
-        for fence in self._fences:
-            with suppress(TierstoreError):
-                fence.gate()
 
 
 class Prefetcher:
@@ -207,7 +185,7 @@ class Prefetcher:
         with self._lock:
             self._closed = True
             for name in list(self._held):
-                _Over([self._held[name].fence]).wait()
+                Over([self._held[name].fence]).wait()
                 self._drop(name)
 
     def _visit(self, name: str) -> None:
@@ -316,7 +294,7 @@ class Prefetcher:
     def _drop(self, name: str) -> None:
         held = self._held.pop(name)
         # not yet gated by compute: the transfer itself is the last user of the memory
-        held.lease.give_back(_Over(held.marks if held.arrived and held.marks else [held.fence]))
+        held.lease.give_back(Over(held.marks if held.arrived and held.marks else [held.fence]))
         self._ledgers.get(name, self._ledger).give(self._units[name].nbytes)
 
     def _too_much(self, names: Sequence[str]) -> CapacityError:

@@ -16,7 +16,7 @@ import torch
 from tierstore.contracts import Buffer
 from tierstore.copies.cuda import _EVENTS, CudaCopyEngine
 from tierstore.errors import DeviceError, StoreReadError
-from tierstore.feeds.promise import Promise
+from tierstore.fences import Promise
 from tierstore.testing.copy_engine_contract import HostFence
 
 CUDA = torch.device("cuda", 0)

@@ -22,9 +22,8 @@ from tierstore.events import Event, Moved
 from tierstore.extents import Extent, align_up
 from tierstore.feeds.direct import DirectFeed
 from tierstore.feeds.parts import MIN_ROOM, cut
-from tierstore.feeds.promise import Promise, nothing
 from tierstore.feeds.staged import StagedFeed
-from tierstore.feeds.trips import Trip, TripLog
+from tierstore.fences import Promise, nothing
 from tierstore.pools.host import HostPool
 from tierstore.slots import pack
 from tierstore.stores.memory import MemoryStore
@@ -33,6 +32,7 @@ from tierstore.tensors import Block, Piece, Unit
 from tierstore.testing.adversary import adversary
 from tierstore.testing.poison import PoisonPool
 from tierstore.testing.pool_contract import OpenFence
+from tierstore.trips import Trip, TripLog
 
 PAGE = mmap.PAGESIZE
 

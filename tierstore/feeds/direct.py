@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from tierstore.contracts import Fence, Lease, ReadRequest, Store
 from tierstore.errors import SessionClosedError
 from tierstore.events import Recorder
-from tierstore.feeds.promise import wait_for_end
-from tierstore.feeds.trips import TripLog
+from tierstore.fences import wait_for_end
 from tierstore.slots import SLOT_ALIGN, SlotLayout, lay_out
 from tierstore.tensors import Unit
+from tierstore.trips import TripLog
 
 
 class LaidAsInFile:

@@ -11,9 +11,9 @@ from tierstore.contracts import Fence, Lease, ReadRequest
 from tierstore.errors import SessionClosedError
 from tierstore.events import Recorder
 from tierstore.feeds.direct import LaidAsInFile, requests_for
-from tierstore.feeds.promise import Promise, wait_for_end
-from tierstore.feeds.trips import TripLog
+from tierstore.fences import Promise, wait_for_end
 from tierstore.tensors import Unit
+from tierstore.trips import TripLog
 
 
 class DeviceReads(Protocol):

@@ -10,8 +10,8 @@ import torch
 from tierstore.contracts import Buffer, Fence, Lease, Store
 from tierstore.feeds.direct import requests_for
 from tierstore.feeds.parts import Part
-from tierstore.feeds.trips import TripLog
 from tierstore.tensors import Unit
+from tierstore.trips import TripLog
 
 
 class KeptUnit:

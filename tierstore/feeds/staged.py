@@ -17,11 +17,11 @@ from tierstore.extents import align_up
 from tierstore.feeds.direct import requests_for
 from tierstore.feeds.kept import KeptUnit
 from tierstore.feeds.parts import MIN_ROOM, SECTOR, Part, cut, whole
-from tierstore.feeds.promise import Promise, nothing, wait_for_end
-from tierstore.feeds.trips import TripLog
+from tierstore.fences import Promise, nothing, wait_for_end
 from tierstore.ledger import Ledger
 from tierstore.slots import SLOT_ALIGN, PackedLayout, pack
 from tierstore.tensors import Unit
+from tierstore.trips import TripLog
 
 
 @dataclass(slots=True)

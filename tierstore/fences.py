@@ -1,4 +1,4 @@
-"""A fence for work that another thread will start."""
+"""Fences made of other fences: a promise of work that another thread will start, and the end of work, well or not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,32 @@ from contextlib import suppress
 from threading import Event
 
 from tierstore.contracts import Fence
+from tierstore.errors import TierstoreError
+
+
+class Over:
+    """Done when all of some fences are, whether their work succeeded or not: all that reuse of memory needs."""
+
+    __slots__ = ("_fences",)
+
+    def __init__(self, fences: Sequence[Fence]) -> None:
+        self._fences = fences
+
+    def done(self) -> bool:
+        """Whether all of the work is over."""
+        return all(fence.done() for fence in self._fences)
+
+    def wait(self) -> None:
+        """Block until it is."""
+        for fence in self._fences:
+            with suppress(TierstoreError):  # whoever used the bytes was told; here only the end of the work matters
+                fence.wait()
+
+    def gate(self) -> None:
+        """Make compute issued from now on come after it."""
+        for fence in self._fences:
+            with suppress(TierstoreError):
+                fence.gate()
 
 
 class Promise:
