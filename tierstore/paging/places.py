@@ -1,0 +1,135 @@
+"""Where each cell is: its frames in HBM, its frame in RAM, its place in the page store. Numbers only, no bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tierstore.contracts import PageRun
+from tierstore.paging.frames import FrameList
+
+NOWHERE = -1
+"""In place of the number of a frame: there is none."""
+
+
+@dataclass(slots=True, eq=False)
+class Cell:
+    """One page in one layer. Its bytes never change once it is closed, so the object stands for them.
+
+    A page that is opened anew, or reopened, gets another object. ``raw`` are the frames of an open cell; ``frame``,
+    ``ram`` and ``run`` (its cell ``at``) are where the bytes of a closed one are, in several places at times.
+    A cell that is ``forgotten`` while it is ``moving`` gives its places back when the move ends.
+    """
+
+    layer: int
+    page: int
+    raw: tuple[int, ...] = ()
+    frame: int = NOWHERE
+    ram: int = NOWHERE
+    run: PageRun | None = None
+    at: int = 0
+    closed: bool = False
+    moving: bool = False
+    forgotten: bool = False
+    lost: bool = False
+    before: Cell | None = None  # what the page held when it was reopened, readable until that was unpacked
+
+    @property
+    def is_down(self) -> bool:
+        """Whether its bytes are below HBM, so that a copy there can be dropped."""
+        return self.ram != NOWHERE or self.run is not None
+
+
+class Places:
+    """The cells of ``layers`` layers, numbered from 0, and the free frames of HBM and RAM.
+
+    ``epochs[layer]`` grows whenever a closed cell of the layer comes, goes or moves; ``departures`` whenever one
+    leaves HBM. ``standing[layer]`` are the closed cells in HBM that no move takes down, in the order of closing.
+    """
+
+    def __init__(self, layers: int, frames: int, ram_frames: int) -> None:
+        self.hbm = FrameList(frames)
+        self.ram = FrameList(ram_frames)
+        self.cells: list[dict[int, Cell]] = [{} for _ in range(layers)]
+        self.standing: list[dict[Cell, None]] = [{} for _ in range(layers)]
+        self.epochs = [0] * layers
+        self.departures = 0
+        self.open_cells: dict[int, int] = {}  # of each page: the layers in which it is open
+
+    def open(self, page: int, frames: int) -> None:
+        """A new page, open in every layer with ``frames`` frames each, which are free."""
+        for layer, cells in enumerate(self.cells):
+            cells[page] = Cell(layer, page, raw=self.hbm.take(frames))
+            self.epochs[layer] += 1
+        self.open_cells[page] = len(self.cells)
+
+    def reopen(self, cell: Cell, frames: int, *, plain: bool) -> None:
+        """A page is open again in the layer of its closed ``cell``; a plain one in HBM stays where it is."""
+        if plain and cell.frame != NOWHERE and not cell.moving:
+            new = Cell(cell.layer, cell.page, raw=(cell.frame,))
+            cell.frame = NOWHERE
+            self.standing[cell.layer].pop(cell, None)
+        else:
+            new = Cell(cell.layer, cell.page, raw=self.hbm.take(frames), before=cell)
+        self.cells[cell.layer][cell.page] = new
+        self.epochs[cell.layer] += 1
+        self.open_cells[cell.page] = self.open_cells.get(cell.page, 0) + 1
+
+    def close(self, cell: Cell, frame: int) -> None:
+        """The bytes of an open cell stand in ``frame`` from now on."""
+        self.hbm.give_back(number for number in cell.raw if number != frame)
+        cell.raw, cell.closed = (), True
+        self.stand(cell, frame)
+        self._one_less_open(cell.page)
+
+    def stand(self, cell: Cell, frame: int) -> None:
+        """The bytes of a closed cell are in ``frame`` of HBM."""
+        cell.frame = frame
+        self.standing[cell.layer][cell] = None
+        self.epochs[cell.layer] += 1
+
+    def last_standing(self, layer: int, count: int) -> tuple[Cell, ...]:
+        """The ``count`` cells of a layer that closed last: those that closed first stay in HBM."""
+        standing = reversed(self.standing[layer])
+        return tuple(reversed([cell for cell, _ in zip(standing, range(count), strict=False)]))
+
+    def leave(self, cell: Cell) -> None:
+        """The copy of a cell in HBM is dropped: its bytes are below."""
+        self.standing[cell.layer].pop(cell, None)
+        self.hbm.give_back((cell.frame,))
+        cell.frame = NOWHERE
+        self.epochs[cell.layer] += 1
+        self.departures += 1
+
+    def forget(self, page: int) -> Iterator[Cell]:
+        """Forget a page, if it is known; yields the cells that have no frames any more, but a run perhaps."""
+        for layer, cells in enumerate(self.cells):
+            cell = cells.pop(page, None)
+            self.epochs[layer] += 1
+            while cell is not None:
+                self.hbm.give_back(cell.raw)
+                cell.raw = ()
+                yield from self.drop(cell)
+                before, cell.before = cell.before, None
+                cell = before
+        self.open_cells.pop(page, None)
+
+    def drop(self, cell: Cell) -> Iterator[Cell]:
+        """Give back the frames of a cell that nothing moves; yields it unless something does."""
+        cell.forgotten = True
+        self.standing[cell.layer].pop(cell, None)
+        if cell.moving:
+            return
+        if cell.frame != NOWHERE:
+            self.hbm.give_back((cell.frame,))
+        if cell.ram != NOWHERE:
+            self.ram.give_back((cell.ram,))
+        cell.frame = cell.ram = NOWHERE
+        yield cell
+
+    def _one_less_open(self, page: int) -> None:
+        left = self.open_cells[page] - 1
+        if left:
+            self.open_cells[page] = left
+        else:
+            del self.open_cells[page]
