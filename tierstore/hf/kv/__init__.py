@@ -1,0 +1,1 @@
+"""transformers' KV cache over pages."""
