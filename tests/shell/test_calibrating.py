@@ -19,8 +19,7 @@ from torch import Tensor
 
 import tierstore
 from tests.hf.zoo import save, tiny
-from tests.shell.test_cli import Ran
-from tierstore import Budget, calibrating, cli, packing
+from tierstore import Budget, calibrating, packing
 from tierstore.assembly import Progress
 from tierstore.calibrating import Calibrator, fingerprint, read_windows
 from tierstore.errors import CheckpointError, ModuleError, StoreMismatchError, StoreReadError
@@ -46,16 +45,6 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("".join(map(WORDS.format, range(60))))
     return path
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: str | Path) -> Ran:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
-        return Ran(ended.value.code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

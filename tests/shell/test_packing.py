@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import tierstore
 from tests.hf.test_gguf import write_gguf
-from tests.shell.test_cli import Ran
-from tierstore import Budget, cli, packing
+from tierstore import Budget, packing
 from tierstore.assembly import Progress
 from tierstore.errors import (
     CheckpointError,
@@ -35,16 +34,6 @@ from tierstore.packing import pack
 UNIT = Path("weights.zarr") / "unit-00000" / "c" / "0"
 MANIFEST = Path("weights.zarr") / "zarr.json"
 PROMPT = torch.arange(8).reshape(1, 8)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: str | Path) -> Ran:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
-        return Ran(ended.value.code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")
