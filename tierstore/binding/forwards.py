@@ -62,6 +62,12 @@ def withdraw(module: nn.Module, through: Through) -> None:
         forward.restore_unless_used()
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether anything watches the forward of ``module``."""
+    forward = module.__dict__.get("forward")
+    return isinstance(forward, _Forward) and bool(forward.around)
+
+
 def _forward_of(module: nn.Module) -> _Forward:
     forward = module.__dict__.get("forward")
     if not isinstance(forward, _Forward):

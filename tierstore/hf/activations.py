@@ -1,0 +1,60 @@
+"""What a token needs of a transformers decoder's layers, read from its config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tierstore.activation_plan import LayerShape
+from tierstore.errors import ModuleError
+
+SCORELESS = ("flash", "flex", "paged", "tierstore")
+"""Attention of these kinds writes down neither scores nor masks as wide as all keys."""
+
+
+def layer_shape(module: nn.Module, *, chunked_mlp: bool) -> LayerShape:
+    """The shape of ``module``'s widest layer. Raises ``ModuleError`` for what has no config of a decoder."""
+    whole: Any = getattr(module, "config", None)
+    config = whole.get_text_config(decoder=True) if hasattr(whole, "get_text_config") else whole
+    hidden = getattr(config, "hidden_size", None)
+    if not isinstance(hidden, int):
+        raise ModuleError(
+            f"{type(module).__name__} has no config that says how wide its hidden states are, and activations are "
+            "bounded for transformers' decoders only: leave Budget.activations out"
+        )
+    heads = _first(config, "num_attention_heads") or 1
+    width = _first(config, "qk_head_dim", "head_dim") or hidden // heads
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    masks = len(set(getattr(config, "layer_types", None) or ["one"]))
+    return LayerShape(
+        hidden,
+        _inner(config, hidden),
+        heads * width,
+        2 * (_first(config, "num_key_value_heads") or heads) * width,
+        _first(config, "vocab_size") or 0,
+        dtype.itemsize,
+        chunked_mlp,
+        _key_nbytes(str(getattr(config, "_attn_implementation", "eager")), heads, masks, dtype.itemsize),
+    )
+
+
+def _inner(config: Any, hidden: int) -> int:
+    plain = _first(config, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or 4 * hidden
+    chosen = _first(config, "num_experts_per_tok", "moe_topk", "moe_k") or 0
+    expert = _first(config, "moe_intermediate_size") or plain
+    # each token stands once for every expert that it goes to
+    return max(plain, chosen * (expert + hidden) + (plain if chosen else 0))
+
+
+def _key_nbytes(attention: str, heads: int, masks: int, dtype_nbytes: int) -> int:
+    if any(kind in attention for kind in SCORELESS):
+        return 0
+    dense = masks + 2 + dtype_nbytes  # as bool, while they are put together, and as what is added to the scores
+    return dense if attention == "sdpa" else dense + heads * (3 * dtype_nbytes + 4)
+
+
+def _first(config: Any, *names: str) -> int | None:
+    found = (getattr(config, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int) and value > 0), None)

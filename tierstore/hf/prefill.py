@@ -1,0 +1,168 @@
+"""A long input of a decoder goes through it in chunks, so that activations stay within a bound whatever its length."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tierstore.activation_plan import ActivationPlan, build_activation_plan
+from tierstore.binding.forwards import interpose, withdraw
+from tierstore.budget import format_nbytes
+from tierstore.errors import CapacityError
+from tierstore.hf.activations import layer_shape
+from tierstore.hf.chunked_mlp import ChunkedMlps
+from tierstore.hf.splitting import CACHES, Forward, length_of, part_of, positions_in, why_not
+
+JOINED = ("logits", "last_hidden_state")
+"""Outputs that have a row for each position."""
+
+
+class ChunkedPrefill:
+    """Bounds the activations of ``module``, a transformers decoder, to ``nbytes``, until ``close()``.
+
+    Whatever calls it, ``generate`` too, an input of more tokens than the bound allows at once is split; each chunk
+    goes through the model as a forward of its own and leaves its keys and values in the cache, whichever that is, for
+    those behind it. Logits are worked out for the positions that ``logits_to_keep`` asks for, and put together. MLPs
+    take fewer tokens at a time than attention does, where that lets chunks be longer.
+
+    The numbers are those of the whole input but for the order in which matrix products add. An input that needs
+    chunks and cannot be split exactly raises ``CapacityError``: encoder-decoders, recurrent states, tokens that see
+    those behind them, images, ``labels``, outputs of every layer, gradients, masks of unusual shape. A batch of which
+    not one token a row fits raises ``PlanError``, and so does a bound below one token at once.
+
+    Bounded is what a layer makes, masks and scores included. What a plain cache does with its own keys and values is
+    not: ``DynamicCache`` copies those of a layer when it grows, and sdpa repeats them for grouped queries under a mask;
+    both are proportional to the prompt. Paged attention does neither, and has no dense masks. Logits of more than one
+    position are a result. Where weights stream, each chunk is a pass over them.
+
+    After an error the cache holds the chunks before it, in all layers.
+    """
+
+    def __init__(self, module: nn.Module, nbytes: int) -> None:
+        self.chunks = 0
+        """How many there were so far, of inputs that were split."""
+        self._module, self._nbytes = module, nbytes
+        self._forward = Forward(inspect.signature(module.forward).parameters, getattr(module, "config", None))
+        self._mlps = ChunkedMlps(module)
+        self._plan(1, 1)
+        self._mlps.open()
+        self._head = getattr(module, "get_output_embeddings", lambda: None)()
+        if self._head is not None:
+            interpose(self._head, _on_contiguous)
+        interpose(module, self._through, outermost=True)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is run over all tokens of a chunk at once, and why."""
+        return self._mlps.notes
+
+    def close(self) -> None:
+        """Leave the module as it was found. Idempotent."""
+        withdraw(self._module, self._through)
+        if self._head is not None:
+            withdraw(self._head, _on_contiguous)
+        self._mlps.close()
+
+    def _plan(self, batch: int, context: int) -> ActivationPlan:
+        shape = layer_shape(self._module, chunked_mlp=self._mlps.complete)
+        return build_activation_plan(self._nbytes, shape, batch=batch, context=context)
+
+    def _through(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        given = self._forward.read(args, kwargs)
+        batch, length = length_of(given) or (0, 0)
+        if length <= 1:  # also what the forward itself will have to refuse
+            return forward(*args, **kwargs)
+        past = positions_in(given.get(self._forward.cache))
+        plan = self._plan(batch, past + length)
+        self._mlps.tokens = plan.mlp_tokens
+        if length <= plan.prefill_tokens:
+            return forward(*args, **kwargs)
+        if why := self._forward.why_whole(given) or self._why_not_in_chunks():
+            raise self._refusal(why, length, plan)
+        return self._in_chunks(forward, given, past, length, plan)
+
+    def _why_not_in_chunks(self) -> str:
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._module.parameters()):
+            return "gradients keep all activations: call it in torch.no_grad()"
+        return ""
+
+    def _in_chunks(self, forward: Any, given: dict[str, Any], past: int, length: int, plan: ActivationPlan) -> Any:
+        cache = self._forward.cache
+        wants = {name: self._wants(given, name) for name in ("use_cache", "return_dict")}
+        given = {**given, "use_cache": True, "return_dict": True}
+        keeps = given.get("logits_to_keep") or 0 if "logits_to_keep" in self._forward.parameters else None
+        joined = _Joined(length, keeps or length)
+        fields: dict[str, Any] = {}
+        made: Any = None
+        for start in range(0, length, plan.prefill_tokens):
+            stop = min(start + plan.prefill_tokens, length)
+            part = part_of(given, past, start, stop)
+            if keeps is not None:
+                part["logits_to_keep"] = max(stop - max(start, joined.first), 1)
+            fields.clear()
+            made = forward(**part)
+            del part
+            fields.update(made)
+            given[cache] = self._handed_on(fields, length, plan)
+            self.chunks += 1
+            joined.take(fields, start, stop)
+            kind, made = type(made), None
+        fields.update(joined.tensors)
+        if not wants["use_cache"]:
+            fields = {name: value for name, value in fields.items() if name not in CACHES}
+        output = kind(**fields)
+        return output if wants["return_dict"] else output.to_tuple()
+
+    def _wants(self, given: Mapping[str, Any], name: str) -> bool:
+        value = given.get(name)
+        return bool(getattr(self._forward.config, name, True) if value is None else value)
+
+    def _handed_on(self, fields: Mapping[str, Any], length: int, plan: ActivationPlan) -> Any:
+        """The cache that one chunk leaves to the next."""
+        caches = [fields[name] for name in CACHES if fields.get(name) is not None]
+        others = [name for name in fields if name not in (*CACHES, *JOINED)]
+        why = "" if caches else "its forward gives no cache back"
+        why = why or next(why_not(caches[0]), "") or (f"its forward gives {others[0]}" if others else "")
+        if why:
+            raise self._refusal(why, length, plan)
+        return caches[0]
+
+    def _refusal(self, why: str, length: int, plan: ActivationPlan) -> CapacityError:
+        return CapacityError(
+            f"{type(self._module).__name__} is given {length} tokens a row, {format_nbytes(self._nbytes)} of "
+            f"activations allow {plan.prefill_tokens} at a time, and this input cannot be split, as {why}: give fewer "
+            "tokens at once, or raise Budget.activations"
+        )
+
+
+class _Joined:
+    """Rows of outputs, put together as chunks bring them: those of logits from position ``first`` on."""
+
+    def __init__(self, length: int, keeps: int) -> None:
+        self.first = max(length - keeps, 0)
+        self.tensors: dict[str, Tensor] = {}
+        self._length = length
+
+    def take(self, fields: dict[str, Any], start: int, stop: int) -> None:
+        """Take the rows of a chunk out of its outputs."""
+        for name in JOINED:
+            rows = fields.pop(name, None)
+            first = self.first if name == "logits" else 0
+            if rows is None or stop <= first:
+                continue
+            if start <= first and stop == self._length:
+                self.tensors[name] = rows
+                continue
+            if name not in self.tensors:
+                self.tensors[name] = rows.new_empty((rows.shape[0], self._length - first, *rows.shape[2:]))
+            at = max(start, first) - first
+            self.tensors[name][:, at : at + rows.shape[1]] = rows
+
+
+def _on_contiguous(forward: Any, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch spreads a weight out over the batch where rows that it is multiplied with do not lie side by side."""
+    return forward(hidden.contiguous() if isinstance(hidden, Tensor) else hidden, *args, **kwargs)
