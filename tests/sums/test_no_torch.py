@@ -11,7 +11,7 @@ for name in ("torch", "numpy", "zarr", "transformers"):
     sys.modules[name] = None
 import tierstore
 import tierstore.arena, tierstore.contracts, tierstore.events, tierstore.extents, tierstore.ledger, tierstore.moves
-import tierstore.order, tierstore.simulate, tierstore.slots, tierstore.tensors
+import tierstore.order, tierstore.page_plan, tierstore.pages, tierstore.simulate, tierstore.slots, tierstore.tensors
 from tierstore.plan import Links, build_plan
 from tierstore.tensors import Block, Unit
 units = [Unit(str(n), (Block(str(n), 100, 1, ()),)) for n in range(4)]
