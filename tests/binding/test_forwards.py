@@ -64,7 +64,7 @@ def test_errors_go_through() -> None:
 
 
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("order", permutations(range(3)))
+@pytest.mark.parametrize("order", list(permutations(range(3))))
 def test_undone_in_any_order(order: tuple[int, ...], own: bool) -> None:
     module, watcher = Twice(), Watcher([])
     if own:
