@@ -164,7 +164,7 @@ class PageStore(Protocol):
 
     @property
     def written_nbytes(self) -> int:
-        """Bytes of cells put so far, whatever became of them since."""
+        """Bytes of cells written so far, whatever became of them since."""
         ...
 
     def put(self, cells: int, data: Buffer, *, after: Sequence[Fence] = ()) -> PageRun:

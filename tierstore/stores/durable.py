@@ -68,14 +68,14 @@ def write_data(path: Path, data: Buffer) -> Crc:
             crc = crc32c(bytes_of[:size], crc)
             if direct:
                 try:
-                    _write_all(fd, view[: align_up(size, PAGE)], at)
+                    write_all(fd, view[: align_up(size, PAGE)], at)
                     continue
                 except OSError as error:
                     if error.errno != errno.EINVAL:
                         raise
                 os.close(fd)
                 fd, direct = os.open(path, os.O_WRONLY | os.O_CLOEXEC), False
-            _write_all(fd, view[:size], at)
+            write_all(fd, view[:size], at)
         os.ftruncate(fd, nbytes)  # the last direct write was a whole page
         if not direct:
             os.fsync(fd)  # only clean pages can be dropped
@@ -89,7 +89,7 @@ def write_text(path: Path, text: str) -> None:
     """Write the new file ``path``. Durable after ``sync``."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        _write_all(fd, memoryview(text.encode()), 0)
+        write_all(fd, memoryview(text.encode()), 0)
     finally:
         os.close(fd)
 
@@ -115,7 +115,8 @@ def _create(path: Path) -> tuple[int, bool]:
     return os.open(path, flags, 0o666), False
 
 
-def _write_all(fd: int, view: memoryview, offset: int) -> None:
+def write_all(fd: int, view: memoryview, offset: int) -> None:
+    """Write all of ``view`` to ``offset`` of a descriptor. Raises ``OSError``."""
     done = 0
     while done < len(view):
         done += os.pwrite(fd, view[done:], offset + done)

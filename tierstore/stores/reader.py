@@ -237,6 +237,11 @@ class Reader:
         """Whether each file is read past the page cache."""
         return tuple(file.use_direct for file in self._files)
 
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Modulo what an offset in each file and an address must agree to be read in place; 1 when read buffered."""
+        return tuple(file.block if file.use_direct else 1 for file in self._files)
+
     def read(self, requests: Sequence[ReadRequest]) -> ReadFence:
         """Start filling each request's buffer. ``StoreReadError`` comes out of the fence, never a part as a whole.
 

@@ -1,4 +1,4 @@
-"""Threads that carry out reads in the order submitted, and the fence that says when one is whole."""
+"""Threads that carry out reads and writes in the order submitted, and the fence that says when one is whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from tierstore.contracts import Buffer, ReadRequest
+from tierstore.contracts import Buffer
 from tierstore.errors import StoreError, StoreReadError
 
 PAGE = 4096
@@ -56,7 +56,7 @@ class ReadFence:
 
     __slots__ = ("_error", "_keep", "_left", "_lock", "_over", "finished", "nbytes", "started")
 
-    def __init__(self, nbytes: int, keep: Sequence[ReadRequest]) -> None:
+    def __init__(self, nbytes: int, keep: Sequence[object]) -> None:
         self.nbytes = nbytes
         self.started = self.finished = 0.0
         self._keep = tuple(keep)  # buffers stay allocated while threads write to them
@@ -121,7 +121,7 @@ class Job(Protocol):
 class Workers:
     """A few daemon threads that take jobs in the order submitted. Dropping the object ends them too."""
 
-    def __init__(self, threads: int, scratch_nbytes: int = PAGE) -> None:
+    def __init__(self, threads: int, scratch_nbytes: int = PAGE, *, name: str = "read") -> None:
         if threads < 1:
             raise StoreError(f"threads is {threads}: a store needs at least 1 thread to read with")
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
@@ -131,7 +131,7 @@ class Workers:
             threading.Thread(
                 target=_work,
                 args=(self._queue, self._closed, scratch_nbytes),
-                name=f"tierstore-read-{number}",
+                name=f"tierstore-{name}-{number}",
                 daemon=True,
             )
             for number in range(threads)
@@ -144,7 +144,7 @@ class Workers:
         """Queue ``jobs``, all of ``fence``. Raises ``StoreError`` after ``close``."""
         with self._submitting:  # so that no job lands behind the signal to end
             if self._closed.is_set():
-                raise StoreError("the store is closed: open it again to read")
+                raise StoreError("the store is closed: open it again")
             fence.expect(len(jobs))
             for job in jobs:
                 self._queue.put(job)
@@ -172,7 +172,7 @@ def _work(queue: SimpleQueue[Job | None], closed: threading.Event, scratch_nbyte
         fence = job.fence
         error: StoreError | None = None
         if closed.is_set():
-            error = StoreReadError("the store was closed before the read began: read before closing")
+            error = StoreReadError("the store was closed before this was begun: wait for it before closing")
         elif fence.begin():
             try:
                 job.run(view, address)
