@@ -7,13 +7,12 @@ until the room is needed. Paging as in vLLM (Kwon et al. 2023, arXiv 2309.06180)
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tierstore.errors import CapacityError
+from tierstore.page_contents import PageContents
 
 GONE = -1
 """In a block table: a page whose positions are behind the window and were given back."""
@@ -45,6 +44,11 @@ class Appended:
     copies: tuple[PageCopy, ...]
     runs: tuple[Run, ...]
 
+    @property
+    def fresh(self) -> tuple[int, ...]:
+        """Pages that these positions are the first to be written to: whatever they held before is over."""
+        return tuple(copy.target for copy in self.copies) + tuple(run.page for run in self.runs if not run.at)
+
 
 @dataclass(frozen=True, slots=True)
 class PageUsage:
@@ -62,7 +66,11 @@ class PageUsage:
 @dataclass
 class _Sequence:
     length: int = 0
+    gone: int = 0  # as many of the first pages are behind the window
     pages: list[int] = field(default_factory=list)
+
+    def copy(self) -> _Sequence:
+        return _Sequence(self.length, self.gone, list(self.pages))
 
 
 class PageTable:
@@ -77,12 +85,12 @@ class PageTable:
             raise ValueError(f"{pages} pages of {page_tokens} tokens: at least 0 pages of at least 1 token are needed")
         self.page_tokens = page_tokens
         self.capacity = pages
-        self._free = list(range(pages - 1, -1, -1))
-        self._users = [0] * pages
+        self._users: list[int] = []  # of the pages that were ever used: a disk may have room for millions
+        self._free: list[int] = []
+        self._freed: dict[int, None] = {}
         self._sequences: dict[int, _Sequence] = {}
         self._next = 0
-        self._page_of: dict[bytes, int] = {}
-        self._digest_of: dict[int, bytes] = {}
+        self._contents = PageContents(page_tokens)
         self._kept: OrderedDict[int, None] = OrderedDict()
 
     # ---- sequences
@@ -98,14 +106,14 @@ class PageTable:
         """A new sequence with the same positions, which it shares: no page is copied before one of them writes."""
         found = self._sequences[sequence]
         number = self.add()
-        self._sequences[number] = _Sequence(found.length, list(found.pages))
+        self._sequences[number] = found.copy()
         self._take(found.pages)
         return number
 
     def reorder(self, sequences: Sequence[int], sources: Sequence[int]) -> None:
         """Let each of ``sequences`` become what ``sources[i]`` was, as beam search chooses: no bytes move."""
         before = [self._sequences[source] for source in sources]
-        after = [_Sequence(found.length, list(found.pages)) for found in before]
+        after = [found.copy() for found in before]
         olds = [self._sequences[number] for number in sequences]
         if len(olds) != len(after) or len(set(sequences)) != len(sequences):
             raise ValueError(f"{len(sequences)} sequences and {len(sources)} sources: one source each is needed, once")
@@ -145,7 +153,7 @@ class PageTable:
             self._give_back([last])
             found.pages[-1] = fresh.pop(0)
         elif count and last != GONE:
-            self._forget(last)  # a page that was cut back by crop is no longer what it was found by
+            self._contents.forget(last)  # a page that was cut back by crop is no longer what it was found by
         found.pages += fresh
         runs = tuple(self._runs(found, found.length, found.length + count))
         found.length += count
@@ -161,16 +169,15 @@ class PageTable:
             raise ValueError(f"position {length - 1} of sequence {sequence} is behind the window: its page is gone")
         self._give_back(found.pages[keep:])
         del found.pages[keep:]
-        found.length = length
+        found.length, found.gone = length, min(found.gone, keep)
 
     def drop_before(self, sequence: int, position: int) -> None:
         """Give back the pages that hold only positions before ``position``: a sliding window has passed them."""
         found = self._sequences[sequence]
-        stop = min(position, found.length) // self.page_tokens
-        for index in range(stop):
-            if found.pages[index] != GONE:
-                self._give_back([found.pages[index]])
-                found.pages[index] = GONE
+        for index in range(found.gone, min(position, found.length) // self.page_tokens):
+            self._give_back([found.pages[index]])
+            found.pages[index] = GONE
+            found.gone = index + 1
 
     def runs(self, sequence: int, start: int = 0, stop: int | None = None) -> tuple[Run, ...]:
         """Where positions ``[start, stop)`` are; those behind the window are left out."""
@@ -187,10 +194,7 @@ class PageTable:
         found = self._sequences[sequence]
         if len(tokens) > found.length:
             raise ValueError(f"sequence {sequence} has {found.length} positions, {len(tokens)} tokens were named")
-        for page, digest in zip(found.pages, self._digests(tokens), strict=False):
-            if page != GONE and page not in self._digest_of and digest not in self._page_of:
-                self._page_of[digest] = page
-                self._digest_of[page] = digest
+        self._contents.name(found.pages, tokens)
 
     def share_prefix(self, sequence: int, tokens: Sequence[int]) -> int:
         """Let an empty sequence share the pages that hold the beginning of ``tokens``; how many positions it has then.
@@ -199,10 +203,7 @@ class PageTable:
         found = self._sequences[sequence]
         if found.length:
             raise ValueError(f"sequence {sequence} has {found.length} positions already: share a prefix before any")
-        for digest in self._digests(tokens[:-1]):
-            page = self._page_of.get(digest)
-            if page is None:
-                break
+        for page in self._contents.find(tokens[:-1]):
             self._take([page])
             found.pages.append(page)
             found.length += self.page_tokens
@@ -210,17 +211,38 @@ class PageTable:
 
     def forget(self, page: int) -> None:
         """Never find ``page`` by content again: its bytes are lost. Sequences that hold it keep it."""
-        self._forget(page)
+        self._contents.forget(page)
         if page in self._kept:
             del self._kept[page]
-            self._free.append(page)
+            self._release(page)
 
     # ---- room
 
     @property
     def available(self) -> int:
         """Pages that can be had: free ones, and kept ones that nobody holds."""
-        return len(self._free) + len(self._kept)
+        return self._unheld + len(self._kept)
+
+    def shared(self, page: int) -> bool:
+        """Whether several sequences hold ``page``."""
+        return 0 <= page < len(self._users) and self._users[page] > 1
+
+    def reclaim(self, count: int) -> int:
+        """Give up the ``count`` pages that were kept for the longest time, or all that are kept; how many it were."""
+        if count < 0:
+            raise ValueError(f"{count} pages cannot be reclaimed: give 0 or more")
+        count = min(count, len(self._kept))
+        for _ in range(count):
+            self._give_up_oldest()
+        return count
+
+    def take_freed(self) -> tuple[int, ...]:
+        """Pages that nobody holds and nothing finds any more, since the last call: their bytes may be dropped.
+
+        In the order in which they became free. A page that was used anew since then is not among them."""
+        freed = tuple(self._freed)
+        self._freed.clear()
+        return freed
 
     def usage(self) -> PageUsage:
         """How the pages are used now."""
@@ -231,7 +253,7 @@ class PageTable:
                     tokens = min(found.length - index * self.page_tokens, self.page_tokens)
                     used[page] = max(used.get(page, 0), tokens)
         tokens = sum(used.values())
-        return PageUsage(len(used), len(self._kept), len(self._free), tokens, len(used) * self.page_tokens - tokens)
+        return PageUsage(len(used), len(self._kept), self._unheld, tokens, len(used) * self.page_tokens - tokens)
 
     def _fresh(self, count: int, sequence: int) -> list[int]:
         """Pages to write to: free ones, then those kept for the longest time."""
@@ -242,13 +264,30 @@ class PageTable:
             )
         pages = []
         for _ in range(count):
-            if not self._free:
-                oldest, _ = self._kept.popitem(last=False)
-                self._forget(oldest)
-                self._free.append(oldest)
-            pages.append(self._free.pop())
+            if not self._unheld:
+                self._give_up_oldest()
+            if self._free:
+                pages.append(self._free.pop())
+                self._freed.pop(pages[-1], None)
+            else:
+                pages.append(len(self._users))
+                self._users.append(0)
         self._take(pages)
         return pages
+
+    @property
+    def _unheld(self) -> int:
+        """Pages that are free: those that were given back, and those that were never used."""
+        return len(self._free) + self.capacity - len(self._users)
+
+    def _give_up_oldest(self) -> None:
+        oldest, _ = self._kept.popitem(last=False)
+        self._contents.forget(oldest)
+        self._release(oldest)
+
+    def _release(self, page: int) -> None:
+        self._free.append(page)
+        self._freed[page] = None
 
     def _take(self, pages: Iterable[int]) -> None:
         for page in pages:
@@ -263,15 +302,10 @@ class PageTable:
                 continue
             self._users[page] -= 1
             if not self._users[page]:
-                if page in self._digest_of:
+                if page in self._contents:
                     self._kept[page] = None
                 else:
-                    self._free.append(page)
-
-    def _forget(self, page: int) -> None:
-        digest = self._digest_of.pop(page, None)
-        if digest is not None:
-            del self._page_of[digest]
+                    self._release(page)
 
     def _runs(self, found: _Sequence, start: int, stop: int) -> Iterable[Run]:
         while start < stop:
@@ -279,11 +313,3 @@ class PageTable:
             count = min(self.page_tokens - at, stop - start)
             yield Run(start, found.pages[start // self.page_tokens], at, count)
             start += count
-
-    def _digests(self, tokens: Sequence[int]) -> Iterable[bytes]:
-        """Of each full page: of its tokens and all before it, since a key depends on its whole past."""
-        digest = b""
-        for start in range(0, len(tokens) - self.page_tokens + 1, self.page_tokens):
-            page = array("q", tokens[start : start + self.page_tokens])
-            digest = hashlib.sha256(digest + page.tobytes()).digest()
-            yield digest

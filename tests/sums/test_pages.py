@@ -16,7 +16,8 @@ PAGE = 4
 
 
 class Pages(RuleBasedStateMachine):
-    """Tokens are small numbers, so that prefixes meet. ``memory`` holds what the moves wrote, and nothing else."""
+    """Tokens are small numbers, so that prefixes meet. ``memory`` holds what the moves wrote, and nothing else: pages
+    that were freed are wiped, as a pager may do."""
 
     sequences = Bundle("sequences")
 
@@ -27,6 +28,7 @@ class Pages(RuleBasedStateMachine):
         self.model: dict[int, list[int]] = {}
         self.gone: dict[int, int] = {}
         self.sealed = False
+        self.opened: set[int] = set()
 
     def write(self, number: int, tokens: list[int]) -> None:
         before = self.table.pages(number), self.table.usage()
@@ -36,19 +38,29 @@ class Pages(RuleBasedStateMachine):
             assert (self.table.pages(number), self.table.usage()) == before
             assert -(-len(tokens) // PAGE) + 1 > self.table.available
             return
+        assert set(made.fresh) == set(self.table.pages(number)) - set(before[0])
+        assert set(made.fresh) <= {copy.target for copy in made.copies} | {run.page for run in made.runs}
+        for page in made.fresh:
+            self.memory[page] = [None] * PAGE
+        self.opened |= set(made.fresh)
         for copy in made.copies:
+            assert copy.source in self.opened - set(made.fresh)
             self.memory[copy.target][: copy.tokens] = self.memory[copy.source][: copy.tokens]
         at = len(self.model[number])
         assert sum(run.count for run in made.runs) == len(tokens)
         self.model[number] += tokens
         for run in made.runs:
             assert self.users(run.page) == 1, "a shared page is written to"
+            assert not self.table.shared(run.page)
             self.memory[run.page][run.at : run.at + run.count] = list(self.model[number][at : at + run.count])
             assert run.position == at
             at += run.count
 
     def users(self, page: int) -> int:
         return sum(page in self.table.pages(number) for number in self.model)
+
+    def held(self) -> set[int]:
+        return {page for number in self.model for page in self.table.pages(number)} - {GONE}
 
     @rule(target=sequences)
     def add(self) -> int:
@@ -105,9 +117,9 @@ class Pages(RuleBasedStateMachine):
         whole = min(position, len(self.model[number])) // PAGE * PAGE
         self.gone[number] = max(self.gone[number], whole)
 
-    @rule(number=sequences)
-    def seal(self, number: int) -> None:
-        self.table.seal(number, self.model[number])
+    @rule(number=sequences, left_out=st.integers(0, 5))
+    def seal(self, number: int, left_out: int) -> None:
+        self.table.seal(number, self.model[number][: max(len(self.model[number]) - left_out, 0)])
         self.sealed = True
 
     @rule(target=sequences, tokens=st.lists(st.integers(0, 1), max_size=14))
@@ -125,6 +137,27 @@ class Pages(RuleBasedStateMachine):
         if self.memory:
             self.table.forget(data.draw(st.integers(0, len(self.memory) - 1)))
 
+    @rule(count=st.integers(0, 3))
+    def reclaim(self, count: int) -> None:
+        before = self.table.usage()
+        given_up = self.table.reclaim(count)
+        assert given_up == min(count, before.kept_pages)
+        after = self.table.usage()
+        assert (before.kept_pages - after.kept_pages, after.free_pages - before.free_pages) == (given_up, given_up)
+        assert after.held_pages == before.held_pages
+
+    @rule()
+    def take_freed(self) -> None:
+        freed = self.table.take_freed()
+        assert len(set(freed)) == len(freed)
+        assert set(freed) <= self.opened - self.held()
+        for page in freed:
+            self.memory[page] = [None] * PAGE
+        self.opened -= set(freed)
+        usage = self.table.usage()
+        assert len(self.opened) == usage.held_pages + usage.kept_pages, "the bytes of a page are never dropped"
+        assert self.table.take_freed() == ()
+
     @invariant()
     def every_sequence_reads_what_was_written(self) -> None:
         for number, tokens in self.model.items():
@@ -140,7 +173,8 @@ class Pages(RuleBasedStateMachine):
     def every_page_is_in_one_state(self) -> None:
         usage = self.table.usage()
         assert usage.held_pages + usage.kept_pages + usage.free_pages == len(self.memory)
-        held = {page for number in self.model for page in self.table.pages(number)} - {GONE}
+        held = self.held()
+        assert {page for page in held if self.table.shared(page)} == {page for page in held if self.users(page) > 1}
         assert usage.held_pages == len(held)
         assert self.table.available == len(self.memory) - len(held)
         assert usage.used_tokens + usage.unused_tokens == PAGE * len(held)
@@ -153,7 +187,7 @@ class Pages(RuleBasedStateMachine):
 
 
 TestPages = Pages.TestCase
-TestPages.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestPages.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
 def test_a_fork_is_copied_when_it_writes() -> None:
@@ -201,6 +235,56 @@ def test_a_prefix_is_found_after_its_sequence_ended_until_its_room_is_needed() -
     assert table.usage().kept_pages == 0
 
 
+def test_a_page_that_was_freed_and_used_anew_is_not_freed() -> None:
+    table = PageTable(3, PAGE)
+    one = table.add()
+    table.append(one, 12)
+    assert table.take_freed() == ()
+    table.crop(one, 3)
+    gone = set(range(3)) - set(table.pages(one))
+    used = table.append(one, 5).fresh
+    assert len(used) == 1
+    assert set(table.take_freed()) == gone - set(used)
+
+
+def test_what_is_given_up_is_the_oldest() -> None:
+    table = PageTable(4, PAGE)
+    for tokens in ([1] * 8, [2] * 8):
+        number = table.add()
+        table.append(number, 8)
+        table.seal(number, tokens)
+        table.remove(number)
+    assert (table.usage().kept_pages, table.take_freed()) == (4, ())
+    assert table.reclaim(1) == 1
+    assert len(table.take_freed()) == 1
+    assert table.share_prefix(table.add(), [1] * 9) == 4  # the second page of the older went first
+    assert table.share_prefix(table.add(), [2] * 9) == 8
+    assert table.reclaim(9) == 0
+
+
+def test_a_page_that_was_cut_back_and_written_again_is_not_what_it_was() -> None:
+    table = PageTable(6, PAGE)
+    one = table.add()
+    table.append(one, 8)
+    table.seal(one, range(8))
+    table.crop(one, 6)
+    assert table.share_prefix(table.add(), [*range(8), 9]) == 8  # its bytes still stand there
+    made = table.append(one, 1)
+    assert made.copies == (PageCopy(1, 2, 2),)
+    table.seal(one, [*range(6), 60])  # no third page is full, and the second is found by what it was
+    assert table.share_prefix(table.add(), [*range(6), 60, 7, 8]) == 4
+    table.append(one, 1)
+    table.seal(one, [*range(6), 60, 61])
+    assert table.share_prefix(table.add(), [*range(6), 60, 61, 0]) == 8
+    assert table.share_prefix(table.add(), [*range(8), 0]) == 8
+
+
+def test_pages_are_not_listed_before_they_are_used() -> None:
+    table = PageTable(1 << 50, PAGE)
+    table.append(table.add(), 8)
+    assert table.usage().free_pages == table.available == (1 << 50) - 2
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -210,6 +294,7 @@ def test_a_prefix_is_found_after_its_sequence_ended_until_its_room_is_needed() -
         (lambda table, one: table.seal(one, range(6)), "6 tokens were named"),
         (lambda table, one: table.share_prefix(one, [1]), "before any"),
         (lambda table, one: table.reorder([one, one], [one, one]), "once"),
+        (lambda table, one: table.reclaim(-1), "-1 pages cannot be reclaimed"),
         (lambda table, one: PageTable(-1, 4), "-1 pages"),
         (lambda table, one: PageTable(1, 0), "of 0 tokens"),
     ],
