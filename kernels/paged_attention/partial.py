@@ -8,7 +8,7 @@ its queries, so keys and values are never repeated.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,12 @@ from torch.nn.functional import pad
 
 _SCORES = 1 << 22
 """So many scores, at most, stand in memory at once where no fused operation does the work: 16 MiB."""
+_FLOATS = 1 << 18
+"""So many numbers of keys, and of values, are made float32 at once: what stays in a core's cache until it is read."""
+_LEAST = 128
+"""Keys at a time, at least, whatever memory they take."""
+_FEW = 16
+_PARTS = 8
 _MOST_NEGATIVE = torch.finfo(torch.float32).min
 
 
@@ -26,6 +32,9 @@ class Partial(NamedTuple):
 
     out: Tensor
     lse: Tensor
+
+
+_Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Partial]
 
 
 def partial(
@@ -49,10 +58,7 @@ def partial(
     folded = q.reshape(q.shape[0], heads, group * q.shape[2], q.shape[3])
     if mask is not None:
         mask = _fold_mask(mask, heads, group, q.shape[2])
-    if softcap is None and q.device.type == "cpu":
-        found = _fused_on_cpu(folded, k, v, mask, scale)
-    else:
-        found = _in_float32(folded, k, v, mask, scale, softcap)
+    found = _attend(folded, k, v, mask, scale, softcap)
     return Partial(found.out.reshape(*shape, v.shape[-1]), found.lse.reshape(shape))
 
 
@@ -129,7 +135,7 @@ def _added(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
     elif mask.dtype != q.dtype:
-        mask = mask.float()
+        mask = mask.to(torch.promote_types(q.dtype, torch.float32))
     return mask.expand(-1, -1, -1, k.shape[2])
 
 
@@ -143,44 +149,86 @@ def _fold_mask(mask: Tensor, heads: int, group: int, queries: int) -> Tensor:
     return mask.expand(rows, theirs, queries, keys).reshape(rows, heads, group * queries, keys)
 
 
-def _fused_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Partial:
-    """By torch's own flash attention, which reads keys and values with any strides but that of the last dimension.
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Partial:
+    """By what is fastest. On a CPU float16, and few queries in bfloat16, are slower than the same made float32."""
+    rows, heads, queries, _ = q.shape
+    if softcap is not None or q.device.type not in ("cpu", "cuda"):
+        step = _SCORES // (rows * heads * queries)
+        return _in_float32(lambda q, k, v, mask: _plain(q, k, v, mask, scale, softcap), step, q, k, v, mask)
+    if q.device.type == "cuda":
+        return _fused_on_cuda(q, k, v, mask, scale)
+    if q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and queries <= _FEW):
+        step = _FLOATS // (rows * heads * max(q.shape[3], v.shape[3]))
+        return _in_float32(lambda q, k, v, mask: _fused_on_cpu(q, k, v, mask, scale), step, q, k, v, mask)
+    return _fused_on_cpu(q, k, v, mask, scale)
 
-    It needs head sizes to be equal, at least one key, and gives 0 as the log-sum-exp of a query that sees none. One
-    bfloat16 query takes it several times as long as two, and float16 longer than float32.
+
+def _in_float32(attend: _Attend, step: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Partial:
+    """Some ``step`` keys at a time, made float32 in memory that is used again for the next ones."""
+    step = min(k.shape[2], max(_LEAST, step))
+    q, found = q.float(), list[Partial]()
+    room = [None if t.dtype == torch.float32 else _room(t, step) for t in (k, v)]
+    for start in range(0, k.shape[2], step):
+        there = slice(start, start + step)
+        keys, values = (_put(t[:, :, there], wide) for t, wide in zip((k, v), room, strict=True))
+        found.append(attend(q, keys, values, None if mask is None else mask[..., there].float()))
+        if len(found) == _PARTS:
+            found = [combine(found)]
+    return combine(found)
+
+
+def _room(t: Tensor, tokens: int) -> Tensor:
+    return t.new_empty((*t.shape[:2], tokens, t.shape[3]), dtype=torch.float32)
+
+
+def _put(t: Tensor, into: Tensor | None) -> Tensor:
+    return t if into is None else into[:, :, : t.shape[2]].copy_(t)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Partial:
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    if mask is not None:
+        scores += mask
+    lse = scores.logsumexp(-1)
+    weights = scores.sub_(lse.clamp(min=_MOST_NEGATIVE).unsqueeze(-1)).exp_()
+    return Partial(weights @ v, lse)
+
+
+def _fused_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Partial:
+    """By torch's flash attention, which reads any strides but that of the last dimension, and wants one head size.
+
+    Its mask is of the dtype of ``q``, or float32 beside a narrower one: it takes others for what they are not. It gives
+    0 as the log-sum-exp of a query that sees no key.
     """
-    if q.dtype == torch.float16:
-        q, k, v = q.float(), k.float(), v.float()
-    queries, size, width = q.shape[2], v.shape[3], max(q.shape[3], v.shape[3])
-    if queries == 1 and q.dtype == torch.bfloat16:
-        q = q.expand(-1, -1, 2, -1)
-    q, k, v = (_neighbouring(pad(t, (0, width - t.shape[3])) if t.shape[3] < width else t) for t in (q, k, v))
-    if mask is not None and mask.dtype != q.dtype:
-        mask = mask.float()
+    size, width = v.shape[3], max(q.shape[3], v.shape[3])
+    q, k, v = (_wide(t, width) for t in (q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
-    out, lse = out[:, :, :queries, :size].float(), lse[:, :, :queries].float()
+    out, lse = out[..., :size].float(), lse.float()
     if mask is not None and bool((lse == 0).any()):
         lse = lse.masked_fill((mask == -math.inf).all(-1), -math.inf)
     return Partial(out, lse)
 
 
-def _neighbouring(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
+def _fused_on_cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Partial:
+    """By torch's memory-efficient attention, which takes masks whose rows start at multiples of 16 bytes, and head
+    sizes that fill as many. What it says of a query that sees no key is not looked at."""
+    queries, size, keys = q.shape[2], v.shape[3], k.shape[2]
+    q, k, v = (_wide(t, -(-t.shape[3] // 8) * 8) for t in (q, k, v))
+    added = None
+    if mask is not None:
+        added = pad(mask.to(q.dtype), (0, -keys % 8))[..., :keys].expand(*q.shape[:3], keys)
+    found = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, added, True, scale=scale)
+    out, lse = found[0][..., :size].float(), found[1][..., :queries]
+    if mask is not None:
+        unseen = (mask == -math.inf).all(-1).expand(lse.shape)
+        out, lse = out.masked_fill(unseen.unsqueeze(-1), 0), lse.masked_fill(unseen, -math.inf)
+    return Partial(out, lse)
 
 
-def _in_float32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Partial:
-    """Some keys at a time, in float32, on any device."""
-    q, keys = q.float() * scale, k.shape[2]
-    step = max(16, _SCORES // (q.numel() // q.shape[3]))
-    found: list[Partial] = []
-    for start in range(0, keys, step):
-        there = slice(start, min(start + step, keys))
-        scores = q @ k[:, :, there].float().transpose(-1, -2)
-        if softcap is not None:
-            scores = scores.div_(softcap).tanh_().mul_(softcap)
-        if mask is not None:
-            scores += mask[..., there]
-        lse = scores.logsumexp(-1)
-        weights = scores.sub_(lse.clamp(min=_MOST_NEGATIVE).unsqueeze(-1)).exp_()
-        found = [combine([*found, Partial(weights @ v[:, :, there].float(), lse)])]
-    return found[0]
+def _wide(t: Tensor, width: int) -> Tensor:
+    """With zeros up to ``width`` in the last dimension, whose elements are neighbours then."""
+    if t.shape[3] < width:
+        return pad(t, (0, width - t.shape[3]))
+    return t if t.stride(3) == 1 else t.contiguous()
