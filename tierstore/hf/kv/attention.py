@@ -1,0 +1,120 @@
+"""Attention over pages, registered with transformers' ``AttentionInterface``.
+
+Where all keys and values of a layer fit the scratch, they are gathered and handed to the attention that the model
+came with, so that its numbers are those of the plain model, bit by bit where pages keep all bits. Otherwise pages are
+attended to group by group while the next ones are on their way, and the parts are merged (online softmax).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tierstore.errors import ModuleError
+from tierstore.hf.kv.masks import LazyMask, lazily
+from tierstore.hf.kv.paged import attend
+from tierstore.hf.kv.reading import States
+from tierstore.hf.kv.state import CacheState
+from tierstore.hf.kv.states import PagedStates
+
+ORIGINALS = ("sdpa", "eager")
+PREFIX = "tierstore_"
+_ALIGN = 64
+
+
+def register(original: str) -> str:
+    """Register attention over pages with transformers, for models that use ``original``; the name it has there."""
+    name = PREFIX + original
+    AttentionInterface.register(name, paged_attention(original))
+    AttentionMaskInterface.register(name, lazily(original))
+    return name
+
+
+def paged_attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Attention for models that use the function ``original``, which still computes whatever is not in pages."""
+
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if dropout:
+            raise ModuleError("attention over pages has no dropout: call module.eval() first")
+        call = _original(module, original)
+        if not (isinstance(key, PagedStates) and isinstance(value, PagedStates) and key.states is value.states):
+            return call(module, query, key, value, _whole(attention_mask), scaling=scaling, dropout=0.0, **kwargs)
+        state, layer = cast(CacheState, key.states.source), key.states.layer
+        into = _room(state, layer, query, attention_mask, original, kwargs)
+        if into is None:
+            out = attend(state, layer, query, attention_mask, scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
+            weights = None
+        else:
+            state.reader(layer).gather(layer, into)
+            out, weights = call(module, query, *into, _whole(attention_mask), scaling=scaling, dropout=0.0, **kwargs)
+        state.close(layer)
+        return out, weights
+
+    return forward
+
+
+def _original(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What the file of the model uses under this name."""
+    there = vars(sys.modules[type(module).__module__])
+    interface = there.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    if name != "eager":
+        return cast(Callable[..., Any], interface[name])
+    eager = there.get("eager_attention_forward")
+    if eager is None:
+        raise ModuleError(
+            f"{type(module).__name__} has no eager_attention_forward to fall back on: load without kv_hbm"
+        )
+    return cast(Callable[..., Any], interface.get("eager", eager))
+
+
+def _whole(mask: Tensor | None) -> Tensor | None:
+    return mask.whole() if isinstance(mask, LazyMask) else mask
+
+
+def _room(
+    state: CacheState, layer: int, query: Tensor, mask: Tensor | None, original: str, options: dict[str, Any]
+) -> States | None:
+    """Where to gather keys and values to: memory of the scratch, or None where they do not fit.
+
+    What only the original attention knows how to do takes memory of its own if it has to."""
+    shape, memory = state.kind_of(layer).cells.shape, state.memory
+    rows, heads, length = len(state.rows), shape.heads, state.length_of(layer)
+    sizes = [rows * heads * length * dim for dim in (shape.key_dim, shape.value_dim)]
+    starts = [0, -(-sizes[0] // _ALIGN) * _ALIGN]
+    element = memory.dtype.itemsize
+    needed = (starts[1] + sizes[1]) * element
+    group = query.shape[1] // heads
+    queries = query.shape[2]
+    if group > 1 and (original == "eager" or queries > 1):
+        needed += (sizes[0] + sizes[1]) * element * group  # where the original repeats them
+    if original == "eager" or (mask is not None and queries > 1):
+        needed += rows * queries * length * (query.shape[1] * 8 if original == "eager" else 1)
+    if needed <= memory.scratch.numel():
+        flat = memory.scratch[: memory.scratch.numel() // element * element].view(memory.dtype)
+        parts = [flat[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+    elif _only_original(query, mask, options):
+        parts = [torch.empty(size, dtype=memory.dtype, device=memory.device) for size in sizes]
+    else:
+        return None
+    keys, values = parts
+    return keys.view(rows, heads, length, shape.key_dim), values.view(rows, heads, length, shape.value_dim)
+
+
+def _only_original(query: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """A bias by position, or queries that see what only the original's defaults say."""
+    return options.get("position_bias") is not None or (mask is None and query.shape[2] > 1)

@@ -1,0 +1,126 @@
+"""The bytes of one kind's pages: writing open cells, packing them, and reading closed ones, over the pager's frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tierstore.contracts import Buffer
+from tierstore.kvformats.format import KvFormat, KvShape
+from tierstore.page_kinds import FRAME_ALIGN
+from tierstore.page_plan import KindPlan
+
+Frames = tuple[int, ...]
+
+
+class Cells:
+    """Views of ``region``, the HBM frames of one kind of layers, as keys and values of ``dtype``.
+
+    A page of keys is [page_tokens, heads, key_dim], token-major as it is written, of values likewise.
+    """
+
+    def __init__(self, plan: KindPlan, shape: KvShape, dtype: torch.dtype, form: KvFormat, region: Buffer) -> None:
+        self.shape, self.dtype, self.form = shape, dtype, form
+        self.region = cast(Tensor, region)
+        self.frame_nbytes = plan.frame_nbytes
+        self._open = plan.open
+        self._cell_nbytes = plan.kind.cell_nbytes
+        self.keys = self._pieces(self.region, shape.key_dim, plan.open.offsets[0], plan.frame_nbytes)
+        self.values = self._pieces(self.region, shape.value_dim, plan.open.offsets[1], plan.frame_nbytes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the frames are."""
+        return self.region.device
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of a page's keys and values in ``dtype``."""
+        shape = self.shape
+        return shape.page_tokens * shape.heads * (shape.key_dim + shape.value_dim) * self.dtype.itemsize
+
+    @property
+    def piece_tokens(self) -> int:
+        """Tokens of an open page that stand in one frame."""
+        return self._open.piece_tokens
+
+    # ---- open cells
+
+    def write(self, frames: Sequence[Frames], pieces: Tensor, at: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write tokens [m, heads, dim]: token i is at ``at[i]`` of piece ``pieces[i]`` of the open cells in ``frames``,
+        where the pieces of the first cell come first."""
+        keys_in, values_in = self._frames_of(frames)
+        if len(pieces) == 1:
+            piece, token = int(pieces), int(at)
+            self.keys[keys_in[piece], token].copy_(keys[0])
+            self.values[values_in[piece], token].copy_(values[0])
+            return
+        key_frames = torch.tensor(keys_in, device=self.device)[pieces]
+        value_frames = key_frames if values_in == keys_in else torch.tensor(values_in, device=self.device)[pieces]
+        self.keys[key_frames, at] = keys
+        self.values[value_frames, at] = values
+
+    def open_pages(self, frames: Sequence[Frames]) -> tuple[Tensor, Tensor]:
+        """Copies of open cells: keys [n, page_tokens, heads, key_dim] and values."""
+        found = []
+        for states, numbers in zip((self.keys, self.values), self._frames_of(frames), strict=True):
+            pieces = states[torch.tensor(numbers, device=self.device)]
+            found.append(pieces.view(len(frames), self.shape.page_tokens, *pieces.shape[2:]))
+        return found[0], found[1]
+
+    def fill(self, frames: Sequence[Frames], keys: Tensor | float, values: Tensor | float) -> None:
+        """Let whole open cells be ``keys`` [n, page_tokens, heads, key_dim] and ``values``, or a number."""
+        for states, numbers, new in zip((self.keys, self.values), self._frames_of(frames), (keys, values), strict=True):
+            where = torch.tensor(numbers, device=self.device)
+            if isinstance(new, Tensor):
+                states[where] = new.reshape(len(numbers), *states.shape[1:])
+            else:
+                states[where] = new
+
+    def pack(self, frames: Sequence[Frames], targets: Sequence[int]) -> None:
+        """Pack open cells into the frames ``targets``, as closed ones."""
+        packed = torch.empty(len(targets), self._cell_nbytes, dtype=torch.uint8, device=self.device)
+        self.form.pack(*self.open_pages(frames), packed)
+        self._rows(self.region, self.frame_nbytes)[torch.tensor(targets, device=self.device)] = packed
+
+    # ---- closed cells
+
+    def closed_pages(self, buffer: Buffer, offsets: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The closed cells at bytes ``offsets`` of ``buffer``: keys [n, page_tokens, heads, key_dim] and values."""
+        rows = self._rows(cast(Tensor, buffer), FRAME_ALIGN)
+        step = offsets[1] - offsets[0] if len(offsets) > 1 else FRAME_ALIGN
+        even = step > 0 and all(b - a == step for a, b in pairwise(offsets))
+        start, units = offsets[0] // FRAME_ALIGN, step // FRAME_ALIGN
+        if even:
+            cells = rows[start : start + (len(offsets) - 1) * units + 1 : units]
+        else:
+            cells = rows[torch.tensor([offset // FRAME_ALIGN for offset in offsets], device=rows.device)]
+        return self.form.unpack(cells, self.shape, self.dtype)
+
+    def _frames_of(self, frames: Sequence[Frames]) -> tuple[list[int], list[int]]:
+        """The frame of each piece of keys, and of values."""
+        if self._open.frames == 1:
+            numbers = [cell[0] for cell in frames]
+            return numbers, numbers
+        parts = self._open.parts
+        keys = [number for cell in frames for number in cell[:parts]]
+        if self._open.pieces_per_frame == 2:
+            return keys, keys
+        return keys, [number for cell in frames for number in cell[parts:]]
+
+    def _pieces(self, buffer: Tensor, dim: int, offset: int, step: int) -> Tensor:
+        """[frames, piece_tokens, heads, dim] in ``dtype``: what stands at byte ``offset`` of each frame."""
+        size = self.dtype.itemsize
+        shape = (self._open.piece_tokens, self.shape.heads, dim)
+        typed = buffer[: buffer.numel() // size * size].view(self.dtype)
+        strides = (step // size, self.shape.heads * dim, dim, 1)
+        return typed.as_strided((buffer.numel() // step, *shape), strides, typed.storage_offset() + offset // size)
+
+    def _rows(self, buffer: Tensor, step: int) -> Tensor:
+        """uint8 [n, cell_nbytes]: row i begins at byte ``i * step``. Rows overlap where ``step`` is small."""
+        count = (buffer.numel() - self._cell_nbytes) // step + 1
+        return buffer.as_strided((count, self._cell_nbytes), (step, 1), buffer.storage_offset())

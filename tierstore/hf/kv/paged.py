@@ -1,0 +1,135 @@
+"""Attention of a layer's queries over its pages, group by group."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tierstore.hf.kv.masks import LazyMask
+from tierstore.hf.kv.reading import Group
+from tierstore.hf.kv.state import CacheState
+from tierstore.kernels.paged_attention.partial import Partial, combine, merge, partial, shared
+
+_MASKED = 1 << 22  # so many elements of a mask, at most, at once
+
+
+def attend(
+    state: CacheState,
+    layer: int,
+    query: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """[B, Lq, Hq, value_dim]: attention of ``query`` [B, Hq, Lq, key_dim] over all pages of ``layer``.
+
+    ``mask`` is lazy, or dense over the columns that the layer hands out [B or 1, Hq or 1, Lq, L], or None for none.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    kind = state.kind_of(layer)
+    form = kind.cells.form
+    most = max(state.memory.scratch.numel() // (2 * kind.cells.page_nbytes), 1)
+    rotated: Tensor | None = None
+    masks = Masks(state, layer, mask, query.shape[2])
+    total: Partial | None = None
+    everyone = tuple(range(query.shape[0]))
+    for group in state.reader(layer).groups(layer, most):
+        if group.packed and rotated is None:
+            rotated = form.rotate_query(query)
+        asking = rotated if group.packed and rotated is not None else query
+        rows = slice(None) if group.rows == everyone else list(group.rows)
+        step = masks.step(group)
+        for start in range(0, query.shape[2], step):
+            queries = slice(start, min(start + step, query.shape[2]))
+            compute = shared if group.keys.shape[0] < len(group.rows) else partial
+            seen = masks.of(group, queries)
+            found = compute(asking[rows][:, :, queries], group.keys, group.values, seen, scale=scale, softcap=softcap)
+            if group.packed:
+                found = Partial(form.unrotate_output(found.out), found.lse)
+            if total is None and group.rows == everyone and step >= query.shape[2]:
+                total = found
+                continue
+            if total is None:
+                out = query.new_zeros((*query.shape[:3], group.values.shape[-1]), dtype=torch.float32)
+                total = Partial(out, query.new_full(query.shape[:3], -math.inf, dtype=torch.float32))
+            before = Partial(total.out[rows][:, :, queries], total.lse[rows][:, :, queries])
+            after = combine([before, found])
+            if isinstance(rows, slice) and step >= query.shape[2]:
+                total = after
+            else:
+                total.out[rows, :, queries] = after.out
+                total.lse[rows, :, queries] = after.lse
+    if total is None:
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], kind.cells.shape.value_dim)
+    return merge([total], sinks).to(query.dtype).transpose(1, 2).contiguous()
+
+
+class Masks:
+    """The part of a mask that concerns a group of pages."""
+
+    def __init__(self, state: CacheState, layer: int, mask: Tensor | None, queries: int) -> None:
+        self._passing = state.passing_of(layer)
+        self._columns = self._passing.columns
+        self._mask, self._queries = mask, queries
+        self._size = state.kind_of(layer).table.page_tokens
+
+    def step(self, group: Group) -> int:
+        """How many queries at once."""
+        return max(_MASKED // (len(group.rows) * group.keys.shape[2]), 1)
+
+    def of(self, group: Group, queries: slice) -> Tensor | None:
+        """Which keys of ``group`` the ``queries`` see, for ``partial``; None for all of them."""
+        columns = self._columns
+        if self._sees_all(group):
+            return None
+        name = (group.rows, group.indices, queries.start)
+        known = self._passing.masks.get(name)
+        if known is not None:
+            return known
+        rows = torch.tensor(group.rows, device=columns.device)
+        index = torch.tensor(group.indices, device=columns.device)
+        tokens = torch.arange(self._size, device=columns.device)
+        positions = (index[:, :, None] * self._size + tokens).flatten(1)
+        lengths = torch.tensor([columns.lengths[r] for r in group.rows], device=columns.device)
+        valid = positions < lengths[:, None]
+        of_position = columns.column_of
+        there = of_position[rows] if of_position.shape[0] > 1 else of_position.expand(len(rows), -1)
+        positions = positions.expand(len(rows), -1).clamp(max=of_position.shape[1] - 1)
+        where = there.gather(1, positions).clamp(max=columns.stop - 1)
+        seen: Tensor
+        if isinstance(self._mask, LazyMask):
+            seen = self._mask.block(rows, queries, where, padded=not columns.trusted) & valid[:, None, None, :]
+        elif self._mask is None:
+            seen = valid[:, None, None, :]
+        else:
+            seen = self._sliced(self._mask, rows, queries, where, valid)
+        if seen.numel() <= _MASKED // 16 and isinstance(self._mask, LazyMask):
+            self._passing.masks[name] = seen
+        return seen
+
+    def _sees_all(self, group: Group) -> bool:
+        """Whether all keys are old and there is nothing but causality that could hide them."""
+        if not (self._mask is None or (isinstance(self._mask, LazyMask) and self._mask.causal)):
+            return False
+        if not self._columns.trusted:
+            return False
+        pages = [group.indices[0]] * len(group.rows) if len(group.indices) < len(group.rows) else group.indices
+        return all(
+            (max(indices) + 1) * self._size <= self._columns.before[r]
+            for r, indices in zip(group.rows, pages, strict=True)
+        )
+
+    def _sliced(self, mask: Tensor, rows: Tensor, queries: slice, where: Tensor, valid: Tensor) -> Tensor:
+        """Of a dense mask over the columns from the first on: bool, or what is added to scores."""
+        where = where - self._passing.first
+        valid = valid & (where >= 0)
+        mine = mask[:, :, queries] if mask.shape[0] == 1 else mask[rows][:, :, queries]
+        mine = mine.expand(len(rows), -1, -1, -1)
+        index = where.clamp(min=0)[:, None, None, :].expand(-1, mine.shape[1], mine.shape[2], -1)
+        seen = mine.gather(3, index)
+        if seen.dtype == torch.bool:
+            return seen & valid[:, None, None, :]
+        return seen.masked_fill(~valid[:, None, None, :], -math.inf)
