@@ -22,9 +22,10 @@ class LayerShape:
     """What one token needs of a decoder layer, in elements of ``dtype_nbytes`` bytes, and of the head behind them.
 
     ``queries`` are heads times width, ``keys`` those of keys and values together, ``inner`` is the width of the MLP
-    within. ``chunked_mlp`` says whether an MLP can be run over fewer rows than the rest of its layer.
-    ``key_nbytes`` are the bytes that a token has for every key that it may see: those of a dense mask, or of scores
-    that attention writes down; 0 where it does neither.
+    within. ``chunked_mlp`` says whether an MLP can be run over fewer rows than the rest of its layer. Attention over
+    pages needs nothing that grows with the context; else ``key_nbytes`` are the bytes that a token has for every key
+    that it may see, in a dense mask or in scores that are written down, and ``context_nbytes`` those of the copies that
+    a layer makes of the keys and values of each position.
     """
 
     hidden: int
@@ -35,6 +36,7 @@ class LayerShape:
     dtype_nbytes: int
     chunked_mlp: bool
     key_nbytes: int = 0
+    context_nbytes: int = 0
 
     @property
     def attention_nbytes(self) -> int:
@@ -78,15 +80,15 @@ def build_activation_plan(nbytes: int, shape: LayerShape, *, batch: int, context
     # a dense mask, or what it is made of, lives on beside the MLP
     beside = shape.beside_nbytes + context * shape.key_nbytes
     least_inner = shape.inner_nbytes if shape.chunked_mlp else batch * shape.inner_nbytes
-    logits = batch * shape.logits_nbytes
-    needed = logits + max(batch * keyed, batch * beside + least_inner)
+    fixed = batch * (shape.logits_nbytes + context * shape.context_nbytes)
+    needed = fixed + max(batch * keyed, batch * beside + least_inner)
     if nbytes < needed:
         raise PlanError(
             f"one token of {batch} rows with {context} positions needs {format_nbytes(needed)} of activations, the "
             f"budget has {format_nbytes(nbytes)}: raise Budget.activations to at least {needed} bytes",
             needed=needed,
         )
-    room = nbytes - logits
+    room = nbytes - fixed
     if shape.chunked_mlp:
         tokens = min(room // (batch * keyed), (room - least_inner) // (batch * beside))
     else:

@@ -22,6 +22,7 @@ shapes = st.builds(
     dtype_nbytes=st.sampled_from([2, 4]),
     chunked_mlp=st.booleans(),
     key_nbytes=st.sampled_from([0, 3, 40]),
+    context_nbytes=st.sampled_from([0, 256]),
 )
 batches, contexts = st.integers(1, 9), st.integers(0, 70_000)
 
@@ -31,7 +32,7 @@ def need(shape: LayerShape, plan: ActivationPlan, batch: int, context: int) -> i
     tokens, mask = plan.prefill_tokens * batch, context * shape.key_nbytes
     attention = tokens * (shape.attention_nbytes + mask)
     mlp = tokens * (shape.beside_nbytes + mask) + plan.mlp_tokens * shape.inner_nbytes
-    return batch * shape.logits_nbytes + max(attention, mlp)
+    return batch * (shape.logits_nbytes + context * shape.context_nbytes) + max(attention, mlp)
 
 
 def planned(nbytes: int, shape: LayerShape, batch: int, context: int) -> tuple[ActivationPlan | None, int]:
@@ -77,7 +78,7 @@ def test_more_bytes_never_allow_fewer_tokens(
     assert less is None or (greater is not None and greater.prefill_tokens >= less.prefill_tokens)
 
 
-def test_without_dense_masks_the_context_does_not_matter() -> None:
+def test_with_pages_the_context_does_not_matter() -> None:
     plans = {build_activation_plan(1 << 30, LLAMA_8B, batch=1, context=context) for context in (8192, 1 << 20)}
     (plan,) = plans
     assert plan.prefill_tokens % CHUNK_TOKENS == 0

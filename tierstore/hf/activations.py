@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from torch import nn
 from tierstore.activation_plan import LayerShape
 from tierstore.errors import ModuleError
 
-SCORELESS = ("flash", "flex", "paged", "tierstore")
+MASKLESS = ("flash", "flex")
 """Attention of these kinds writes down neither scores nor masks as wide as all keys."""
 
 
-def layer_shape(module: nn.Module, *, chunked_mlp: bool) -> LayerShape:
+def layer_shape(module: nn.Module, *, chunked_mlp: bool, paged: bool) -> LayerShape:
     """The shape of ``module``'s widest layer. Raises ``ModuleError`` for what has no config of a decoder."""
     whole: Any = getattr(module, "config", None)
     config = whole.get_text_config(decoder=True) if hasattr(whole, "get_text_config") else whole
@@ -27,17 +28,26 @@ def layer_shape(module: nn.Module, *, chunked_mlp: bool) -> LayerShape:
     heads = _first(config, "num_attention_heads") or 1
     width = _first(config, "qk_head_dim", "head_dim") or hidden // heads
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    masks = len(set(getattr(config, "layer_types", None) or ["one"]))
-    return LayerShape(
-        hidden,
-        _inner(config, hidden),
-        heads * width,
-        2 * (_first(config, "num_key_value_heads") or heads) * width,
-        _first(config, "vocab_size") or 0,
-        dtype.itemsize,
-        chunked_mlp,
-        _key_nbytes(str(getattr(config, "_attn_implementation", "eager")), heads, masks, dtype.itemsize),
+    shape = LayerShape(
+        hidden=hidden,
+        inner=_inner(config, hidden),
+        queries=heads * width,
+        keys=2 * (_first(config, "num_key_value_heads") or heads) * width,
+        vocabulary=_first(config, "vocab_size") or 0,
+        dtype_nbytes=dtype.itemsize,
+        chunked_mlp=chunked_mlp,
     )
+    if paged:
+        return shape
+    attention = str(getattr(config, "_attn_implementation", None))
+    maskless = any(kind in attention for kind in MASKLESS)
+    masks = len(set(getattr(config, "layer_types", None) or ["one"]))
+    # as bool, while they are put together, and as what is added to scores; and these, scaled, masked and as shares
+    mask = masks + 2 + dtype.itemsize
+    scores = 0 if attention == "sdpa" else heads * (3 * dtype.itemsize + 4)
+    # a cache of tensors that grows is copied; and where there is a mask, keys and values are repeated for every query
+    copied = shape.keys if maskless else max(2 * shape.queries, shape.keys)
+    return replace(shape, key_nbytes=0 if maskless else mask + scores, context_nbytes=copied * dtype.itemsize)
 
 
 def _inner(config: Any, hidden: int) -> int:
@@ -46,13 +56,6 @@ def _inner(config: Any, hidden: int) -> int:
     expert = _first(config, "moe_intermediate_size") or plain
     # each token stands once for every expert that it goes to
     return max(plain, chosen * (expert + hidden) + (plain if chosen else 0))
-
-
-def _key_nbytes(attention: str, heads: int, masks: int, dtype_nbytes: int) -> int:
-    if any(kind in attention for kind in SCORELESS):
-        return 0
-    dense = masks + 2 + dtype_nbytes  # as bool, while they are put together, and as what is added to the scores
-    return dense if attention == "sdpa" else dense + heads * (3 * dtype_nbytes + 4)
 
 
 def _first(config: Any, *names: str) -> int | None:

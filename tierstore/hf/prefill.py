@@ -32,12 +32,13 @@ class ChunkedPrefill:
     The numbers are those of the whole input but for the order in which matrix products add. An input that needs
     chunks and cannot be split exactly raises ``CapacityError``: encoder-decoders, recurrent states, tokens that see
     those behind them, images, ``labels``, outputs of every layer, gradients, masks of unusual shape. A batch of which
-    not one token a row fits raises ``PlanError``, and so does a bound below one token at once.
+    not one token a row fits raises ``PlanError``, and so does a bound that is too small for any.
 
-    Bounded is what a layer makes, masks and scores included. What a plain cache does with its own keys and values is
-    not: ``DynamicCache`` copies those of a layer when it grows, and sdpa repeats them for grouped queries under a mask;
-    both are proportional to the prompt. Paged attention does neither, and has no dense masks. Logits of more than one
-    position are a result. Where weights stream, each chunk is a pass over them.
+    Over pages, what a chunk needs is the same whatever was before it. A plain cache needs more with every position:
+    columns of the chunk's masks and scores, so that chunks become shorter; the copy of a layer's keys and values when
+    they grow, and, for grouped queries under a mask, one that is repeated for every query. All of it counts, so that a
+    prompt too long for the bound is refused. Logits of more than one position are a result, and do not. Where weights
+    stream, each chunk is a pass over them.
 
     After an error the cache holds the chunks before it, in all layers.
     """
@@ -48,7 +49,7 @@ class ChunkedPrefill:
         self._module, self._nbytes = module, nbytes
         self._forward = Forward(inspect.signature(module.forward).parameters, getattr(module, "config", None))
         self._mlps = ChunkedMlps(module)
-        self._plan(1, 1)
+        self._plan(1, 1, None)
         self._mlps.open()
         self._head = getattr(module, "get_output_embeddings", lambda: None)()
         if self._head is not None:
@@ -67,8 +68,9 @@ class ChunkedPrefill:
             withdraw(self._head, _on_contiguous)
         self._mlps.close()
 
-    def _plan(self, batch: int, context: int) -> ActivationPlan:
-        shape = layer_shape(self._module, chunked_mlp=self._mlps.complete)
+    def _plan(self, batch: int, length: int, cache: Any) -> ActivationPlan:
+        shape = layer_shape(self._module, chunked_mlp=self._mlps.complete, paged=getattr(cache, "is_paged", False))
+        context = positions_in(cache) + length
         return build_activation_plan(self._nbytes, shape, batch=batch, context=context)
 
     def _through(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -76,22 +78,22 @@ class ChunkedPrefill:
         batch, length = length_of(given) or (0, 0)
         if length <= 1:  # also what the forward itself will have to refuse
             return forward(*args, **kwargs)
-        past = positions_in(given.get(self._forward.cache))
-        plan = self._plan(batch, past + length)
+        plan = self._plan(batch, length, given.get(self._forward.cache))
         self._mlps.tokens = plan.mlp_tokens
         if length <= plan.prefill_tokens:
             return forward(*args, **kwargs)
         if why := self._forward.why_whole(given) or self._why_not_in_chunks():
             raise self._refusal(why, length, plan)
-        return self._in_chunks(forward, given, past, length, plan)
+        return self._in_chunks(forward, given, length, plan)
 
     def _why_not_in_chunks(self) -> str:
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._module.parameters()):
             return "gradients keep all activations: call it in torch.no_grad()"
         return ""
 
-    def _in_chunks(self, forward: Any, given: dict[str, Any], past: int, length: int, plan: ActivationPlan) -> Any:
+    def _in_chunks(self, forward: Any, given: dict[str, Any], length: int, plan: ActivationPlan) -> Any:
         cache = self._forward.cache
+        past = positions_in(given[cache])
         wants = {name: self._wants(given, name) for name in ("use_cache", "return_dict")}
         given = {**given, "use_cache": True, "return_dict": True}
         keeps = given.get("logits_to_keep") or 0 if "logits_to_keep" in self._forward.parameters else None
