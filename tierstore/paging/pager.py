@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from tierstore.contracts import Buffer, CopyEngine, PageStore
-from tierstore.errors import CapacityError, PageLostError
+from tierstore.errors import CapacityError, PageLostError, SessionClosedError
 from tierstore.events import Recorder
 from tierstore.page_plan import KindPlan
+from tierstore.paging.going_down import make_room, quota_now, run_is_full
 from tierstore.paging.places import NOWHERE, Cell, Places
+from tierstore.paging.ring import Ring
+from tierstore.paging.slots import Slots
+from tierstore.paging.spill import Spill
+from tierstore.paging.transport import Transport
 from tierstore.paging.usage import PagerUsage
 from tierstore.paging.waves import Split, Splitter, Wave
 
@@ -41,19 +46,34 @@ class Pager:
         self._layers = tuple(layers)
         self._index = {layer: index for index, layer in enumerate(layers)}
         self._plain = plan.kind.plain
-        self._open_frames = plan.open.frames
         self._places = Places(len(layers), plan.frames, plan.ram_frames if ram is not None else 0)
         self._splitter = Splitter(self._places, plan.frame_nbytes, region, ram if engine.unified else None)
+        slots = Slots(ring, plan.ring_slots, plan.slot_nbytes)
+        self._transport = Transport(
+            plan, region=region, ring=slots, ram=ram, staging=staging, file=file, engine=engine, recorder=recorder
+        )
+        self._ring = Ring(
+            slots,
+            plan.run_cells,
+            plan.frame_nbytes,
+            places=self._places,
+            splitter=self._splitter,
+            up=self._transport.up,
+            engine=engine,
+            recorder=recorder,
+            names=[f"kv of layer {layer}" for layer in layers],
+        )
+        self._shut = False
+        self._spill = Spill(plan, self._places, self._transport, lend=self._ring.lend)
 
     def open(self, page: int) -> None:
         """Frames for an open cell in every layer. Whatever the number held before is forgotten.
 
         Raises ``CapacityError``, with nothing else changed, when cells that stand in the way can go nowhere."""
+        self._check_open()
         self.free((page,))
-        # a packed cell needs its frame while the raw ones are still there: one at a time for each page
-        spare = 0 if self._plain else len(self._places.open_cells) + 1
-        self._make_room(len(self._layers) * self._open_frames + spare, f"page {page}")
-        self._places.open(page, self._open_frames)
+        self._make_room(self._page_frames, f"page {page}")
+        self._places.open(page, self._plan.open.frames)
 
     def frames(self, layer: int, page: int) -> tuple[int, ...]:
         """The frames of an open cell, for its pieces in order: ``region[frame * frame_nbytes :]``."""
@@ -84,32 +104,43 @@ class Pager:
             raise ValueError(f"page {page} is not being closed in layer {layer}: call close first")
         self.reopened(layer, page)
         self._places.close(cell, cell.frame)
+        self._spill.poll()
+        is_open = self._places.open_cells
+        if run_is_full(self._plan, len(is_open), len(self._places.standing[cell.layer])):
+            self._spill.down(self._places.last_standing(cell.layer, self._plan.run_cells))
+        if page not in is_open:  # the next page will be opened soon: frames for it are there by then
+            self._send_down(self._page_frames - self._places.hbm.free - self._spill.under_way)
 
     def reopen(self, page: int) -> None:
         """Open frames for a closed page in every layer. ``waves`` still brings what the page held until
         ``reopened``; unpack that into the frames. Raises as ``open`` does."""
-        cells = [cells[page] for cells in self._places.cells]
+        cells = [self._cell(layer, page) for layer in self._layers]
         closed = [cell for cell in cells if cell.closed]
-        spare = 0 if self._plain else len(self._places.open_cells) + 1
-        self._make_room(len(closed) * self._open_frames + spare, f"page {page}")
+        while True:  # making room may take down what could have been reopened in place
+            moved = [cell for cell in closed if not self._places.reopens_in_place(cell, plain=self._plain)]
+            frames = len(moved) * self._plan.open.frames + (0 if self._plain else 1 + len(self._places.open_cells))
+            if frames <= self._places.hbm.free:
+                break
+            self._make_room(frames, f"page {page}")
         for cell in closed:
-            self._places.reopen(cell, self._open_frames, plain=self._plain)
+            self._places.reopen(cell, self._plan.open.frames, plain=self._plain)
 
     def reopened(self, layer: int, page: int) -> None:
         """What the page held in ``layer`` was unpacked, or is not wanted: it is forgotten."""
         cell = self._cell(layer, page)
         if cell.before is not None:
-            self._drop(self._places.drop(cell.before))
+            self._spill.release(self._places.drop(cell.before))
             cell.before = None
             self._places.epochs[cell.layer] += 1
 
     def free(self, pages: Iterable[int]) -> None:
         """Forget pages; numbers that hold nothing are passed over."""
         for page in pages:
-            self._drop(self._places.forget(page))
+            self._spill.release(self._places.forget(page))
 
     def expect(self, order: Sequence[tuple[int, tuple[int, ...]]]) -> None:
         """Which ``(layer, pages)`` compute reads from now on, in order, over and over."""
+        self._ring.expect(tuple((self._index[layer], tuple(pages)) for layer, pages in order))
 
     def waves(self, layer: int, pages: Sequence[int]) -> Iterator[Wave]:
         """The closed cells of ``pages`` in ``layer``: first what is in place, then the rest as it comes.
@@ -117,37 +148,78 @@ class Pager:
         A step back into the iterator says that all compute on the wave before was issued. Raises ``PageLostError``
         with ``(layer, page)`` of cells that cannot be brought back, ``ValueError`` for pages without a closed cell.
         """
-        return iter(self._split(layer, pages).here)
+        self._check_open()
+        self._spill.poll()
+        split = self._split(layer, pages)
+        if split.streamed:
+            return self._stream(layer, split)
+        self._ring.visit(self._index[layer], split.pages)
+        return iter(split.here)
 
     def pause(self, pages: Iterable[int]) -> None:
         """Let the closed cells of ``pages`` go down, as far as there is room below."""
+        pages = tuple(pages)
+        for index, layer in enumerate(self._layers):
+            standing = self._places.standing[index]
+            cells = [cell for cell in (self._cell(layer, page) for page in pages) if cell in standing]
+            for begin in range(0, len(cells), self._plan.run_cells):
+                self._spill.down(cells[begin : begin + self._plan.run_cells])
 
     def resume(self, pages: Iterable[int]) -> None:
         """Bring the cells of ``pages`` back to HBM as far as there is room; the rest streams."""
+        pages = tuple(pages)
+        self._spill.poll()
+        quota = quota_now(self._plan, len(self._places.open_cells))
+        room = (self._places.hbm.free - self._page_frames) // len(self._layers)
+        for index, layer in enumerate(self._layers):
+            cells = (self._cell(layer, page) for page in pages)
+            self._spill.up(cells, min(room, quota - len(self._places.standing[index])))
 
     def usage(self) -> PagerUsage:
         """What is where, and what was moved."""
         cells = [cell for cells in self._places.cells for cell in cells.values()]
-        standing = sum(cell.frame != NOWHERE for cell in cells if cell.closed)
-        is_open = sum(not cell.closed for cell in cells)
+        closed = [cell for cell in cells if cell.closed and not cell.lost]
+        in_hbm = sum(cell.frame != NOWHERE for cell in closed)
+        in_ram = sum(cell.frame == NOWHERE and cell.ram != NOWHERE for cell in closed)
         return PagerUsage(
-            open_cells=is_open,
-            hbm_cells=standing,
-            ram_cells=0,
-            nvme_cells=0,
-            lost_cells=0,
+            open_cells=sum(not cell.closed for cell in cells),
+            hbm_cells=in_hbm,
+            ram_cells=in_ram,
+            nvme_cells=len(closed) - in_hbm - in_ram,
+            lost_cells=sum(cell.lost for cell in cells),
             free_frames=self._places.hbm.free,
-            hbm_nbytes=standing * self._plan.frame_nbytes,
-            ram_nbytes=0,
-            nvme_nbytes=0,
-            written_nbytes=0,
-            read_nbytes=0,
-            misses=0,
-            stall_seconds=0.0,
+            frame_nbytes=self._plan.frame_nbytes,
+            written_nbytes=self._transport.written_nbytes,
+            read_nbytes=self._transport.read_nbytes,
+            misses=self._ring.misses,
+            stall_seconds=self._ring.stall_seconds,
         )
 
     def shut(self) -> None:
         """End all that is under way. Idempotent."""
+        self._shut = True
+        self._ring.close()
+        self._spill.wait_all()
+        self._transport.close()
+
+    @property
+    def _page_frames(self) -> int:
+        """Frames that another open page takes. A packed cell needs its frame while its raw ones are still there: one
+        for every open page, since the layers of a page close one after another."""
+        spare = 0 if self._plain else len(self._places.open_cells) + 1
+        return len(self._layers) * self._plan.open.frames + spare
+
+    def _stream(self, layer: int, split: Split) -> Iterator[Wave]:
+        yield from split.here
+        try:
+            yield from self._ring.serve(self._index[layer], split.pages, split.streamed)
+        except PageLostError:
+            self._split(layer, split.pages)  # says it in the caller's words
+            raise
+
+    def _check_open(self) -> None:
+        if self._shut:
+            raise SessionClosedError("pages were asked of a pager that was shut: open a new session")
 
     def _cell(self, layer: int, page: int) -> Cell:
         try:
@@ -166,13 +238,23 @@ class Pager:
             )
         return split
 
-    def _drop(self, cells: Iterable[Cell]) -> None:
-        for _ in cells:
-            pass
-
     def _make_room(self, frames: int, what: str) -> None:
-        if self._places.hbm.free < frames:
-            raise CapacityError(
-                f"{what} needs {frames} frames of {self._plan.frame_nbytes} bytes, {self._places.hbm.free} of "
-                f"{self._plan.frames} are free: end sequences or raise Budget.kv_hbm"
-            )
+        """Let cells go down until ``frames`` frames are free."""
+        hbm, spill = self._places.hbm, self._spill
+        spill.poll()
+        while hbm.free < frames:
+            standing = sum(len(cells) for cells in self._places.standing)
+            within_reach = hbm.free + spill.under_way + standing >= frames
+            started = within_reach and self._send_down(frames - hbm.free - spill.under_way)
+            if hbm.free < frames and not spill.wait() and not started:
+                raise CapacityError(
+                    f"{what} needs {frames} frames of {self._plan.frame_nbytes} bytes, {hbm.free} of {hbm.count} are "
+                    "free and no cell can go down: end sequences, or raise Budget.kv_hbm or what is below it"
+                ) from spill.failure
+
+    def _send_down(self, frames: int) -> bool:
+        started = False
+        standing = [len(cells) for cells in self._places.standing]
+        for descent in make_room(standing, self._plan.run_cells, frames):
+            started |= self._spill.down(self._places.last_standing(descent.layer, descent.count))
+        return started

@@ -60,12 +60,16 @@ class Places:
         """A new page, open in every layer with ``frames`` frames each, which are free."""
         for layer, cells in enumerate(self.cells):
             cells[page] = Cell(layer, page, raw=self.hbm.take(frames))
-            self.epochs[layer] += 1
         self.open_cells[page] = len(self.cells)
+
+    @staticmethod
+    def reopens_in_place(cell: Cell, *, plain: bool) -> bool:
+        """Whether the frame of a closed cell can be written to as it is."""
+        return plain and cell.frame != NOWHERE and not cell.moving
 
     def reopen(self, cell: Cell, frames: int, *, plain: bool) -> None:
         """A page is open again in the layer of its closed ``cell``; a plain one in HBM stays where it is."""
-        if plain and cell.frame != NOWHERE and not cell.moving:
+        if self.reopens_in_place(cell, plain=plain):
             new = Cell(cell.layer, cell.page, raw=(cell.frame,))
             cell.frame = NOWHERE
             self.standing[cell.layer].pop(cell, None)
@@ -105,9 +109,9 @@ class Places:
         """Forget a page, if it is known; yields the cells that have no frames any more, but a run perhaps."""
         for layer, cells in enumerate(self.cells):
             cell = cells.pop(page, None)
-            self.epochs[layer] += 1
+            self.epochs[layer] += cell is not None
             while cell is not None:
-                self.hbm.give_back(cell.raw)
+                self.hbm.give_back(frame for frame in cell.raw if frame != cell.frame)
                 cell.raw = ()
                 yield from self.drop(cell)
                 before, cell.before = cell.before, None

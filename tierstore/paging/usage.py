@@ -20,10 +20,23 @@ class PagerUsage:
     nvme_cells: int
     lost_cells: int
     free_frames: int
-    hbm_nbytes: int
-    ram_nbytes: int
-    nvme_nbytes: int
+    frame_nbytes: int
     written_nbytes: int
     read_nbytes: int
     misses: int
     stall_seconds: float
+
+    @property
+    def hbm_nbytes(self) -> int:
+        """Bytes of closed cells in HBM."""
+        return self.hbm_cells * self.frame_nbytes
+
+    @property
+    def ram_nbytes(self) -> int:
+        """Bytes of cells in RAM."""
+        return self.ram_cells * self.frame_nbytes
+
+    @property
+    def nvme_nbytes(self) -> int:
+        """Bytes of cells in the page store."""
+        return self.nvme_cells * self.frame_nbytes

@@ -1,0 +1,297 @@
+"""A pager over an adversary and a page store that is late, full, broken or forgetful, as a test says."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import cast
+
+import torch
+
+from tierstore.contracts import Buffer, CellRead, CopyEngine, Fence
+from tierstore.errors import PageLostError, StoreError, StoreFullError, TierstoreError
+from tierstore.events import Event
+from tierstore.page_plan import KindPlan, OpenLayout, PageKind
+from tierstore.paging.pager import Pager
+from tierstore.testing.adversary import AdversaryEngine
+
+GARBAGE = 0xEE
+
+
+class Late:
+    """Work that is done when somebody waits for it, or by chance when somebody asks."""
+
+    def __init__(self, work: Callable[[], None], random: Random) -> None:
+        self._work: Callable[[], None] | None = work
+        self._random = random
+        self._error: TierstoreError | None = None
+        self._lock = threading.RLock()
+
+    def done(self) -> bool:
+        with self._lock:
+            if self._work is not None and self._random.random() < 0.3:
+                self._run()
+            return self._work is None
+
+    def wait(self) -> None:
+        with self._lock:
+            self._run()
+        if self._error is not None:
+            raise self._error
+
+    gate = wait
+
+    def _run(self) -> None:
+        work, self._work = self._work, None
+        if work is not None:
+            try:
+                work()
+            except TierstoreError as error:
+                self._error = error
+
+
+@dataclass(eq=False)
+class FakeRun:
+    cells: int
+    fence: Fence
+    data: dict[int, torch.Tensor] = field(default_factory=dict)
+    freed: set[int] = field(default_factory=set)
+
+
+class FakeStore:
+    """A page store in memory. ``full``: puts fail at once; ``failing``: later; ``broken``: reads fail."""
+
+    def __init__(self, cell_nbytes: int, capacity: int, random: Random) -> None:
+        self.cell_nbytes = cell_nbytes
+        self.capacity = capacity
+        self.capacity_nbytes = capacity * cell_nbytes
+        self.written_nbytes = 0
+        self.random = random
+        self.runs: list[FakeRun] = []
+        self.full = self.failing = self.broken = False
+        self.reads: list[tuple[int, int]] = []
+        self.busy = threading.Lock()
+
+    @property
+    def used(self) -> int:
+        return sum(run.cells - len(run.freed) for run in self.runs)
+
+    def put(self, cells: int, data: Buffer, *, after: Sequence[Fence] = ()) -> FakeRun:
+        assert self.busy.acquire(blocking=False), "one thread at a time"
+        try:
+            bytes_ = cast(torch.Tensor, data)
+            assert cells > 0
+            assert bytes_.numel() == cells * self.cell_nbytes
+            if self.full or self.used + cells > self.capacity:
+                raise StoreFullError("the store is full")
+            fails = self.failing
+
+            def write() -> None:
+                for fence in after:
+                    fence.wait()
+                if fails:
+                    raise StoreFullError("the disk is full")
+                for cell in range(cells):
+                    if cell not in run.freed:
+                        run.data[cell] = bytes_[cell * self.cell_nbytes : (cell + 1) * self.cell_nbytes].clone()
+                self.written_nbytes += bytes_.numel()
+
+            run = FakeRun(cells, Late(write, self.random))
+            self.runs.append(run)
+            return run
+        finally:
+            self.busy.release()
+
+    def read(self, requests: Sequence[CellRead]) -> Fence:
+        assert self.busy.acquire(blocking=False), "one thread at a time"
+        try:
+            for request in requests:
+                run = cast(FakeRun, request.run)
+                cells = range(request.first, request.first + request.count)
+                assert request.into.numel() == request.count * self.cell_nbytes
+                if run.freed.intersection(cells):
+                    raise StoreError("a freed cell was asked for")
+                assert run.fence.done()
+                cast(torch.Tensor, request.into).fill_(GARBAGE)
+            broken = self.broken
+
+            def bring() -> None:
+                lost = []
+                if broken:
+                    raise StoreError("the disk is broken")
+                for request in requests:
+                    run = cast(FakeRun, request.run)
+                    self.reads.append((request.first, request.count))
+                    for index in range(request.count):
+                        found = run.data.get(request.first + index)
+                        if found is None:
+                            lost.append((run, request.first + index))
+                        else:
+                            start = index * self.cell_nbytes
+                            cast(torch.Tensor, request.into)[start : start + self.cell_nbytes].copy_(found)
+                if lost:
+                    raise PageLostError("cells are missing", cells=lost)
+
+            return Late(bring, self.random)
+        finally:
+            self.busy.release()
+
+    def free(self, run: object, cell: int) -> None:
+        assert self.busy.acquire(blocking=False), "one thread at a time"
+        found = cast(FakeRun, run)
+        assert cell not in found.freed, "a cell is freed once"
+        found.freed.add(cell)
+        found.data.pop(cell, None)
+        if len(found.freed) == found.cells:
+            self.runs.remove(found)
+        self.busy.release()
+
+    def close(self) -> None:
+        self.runs.clear()
+
+
+def make_plan(
+    *,
+    layers: int = 3,
+    frames: int,
+    quota: int,
+    run_cells: int = 2,
+    ring_slots: int = 2,
+    staging_slots: int = 2,
+    ram_frames: int = 0,
+    nvme_slots: int = 0,
+    plain: bool = False,
+    frame_nbytes: int = 64,
+) -> KindPlan:
+    kind = PageKind(tuple(range(layers)), None, 4, frame_nbytes, 8 if plain else 16, 8 if plain else 16, plain)
+    layout = OpenLayout(1, 4, 2, (0, 32)) if plain else OpenLayout(1, 4, 1, (0, 0))
+    return KindPlan(
+        kind=kind,
+        open=layout,
+        frame_nbytes=frame_nbytes,
+        frames=frames,
+        quota=quota,
+        open_pages=1,
+        run_cells=run_cells,
+        ring_slots=ring_slots,
+        staging_slots=staging_slots,
+        ram_frames=ram_frames,
+        nvme_slots=nvme_slots,
+        pages=1000,
+    )
+
+
+class PagerBench:
+    """A pager, and what it should hold: ``truth`` of closed cells, ``raw`` of open ones."""
+
+    def __init__(self, plan: KindPlan, seed: int, *, engine: CopyEngine | None = None, discrete: bool = True) -> None:
+        self.plan = plan
+        self.random = Random(seed)
+        self.engine = engine if engine is not None else AdversaryEngine(seed, discrete=discrete)
+        self.events: list[Event] = []
+        self.generator = torch.Generator().manual_seed(seed)
+        staged = not self.engine.unified and plan.nvme_slots > 0
+        self.region = torch.full((plan.region_nbytes,), GARBAGE, dtype=torch.uint8)
+        self.ring = torch.full((plan.ring_nbytes,), GARBAGE, dtype=torch.uint8)
+        self.ram = torch.full((plan.ram_nbytes,), GARBAGE, dtype=torch.uint8) if plan.ram_frames else None
+        self.staging = torch.full((plan.staging_nbytes,), GARBAGE, dtype=torch.uint8) if staged else None
+        self.store = FakeStore(plan.frame_nbytes, plan.nvme_slots, self.random) if plan.nvme_slots else None
+        self.layers = plan.kind.layers
+        self.pager = Pager(
+            plan,
+            layers=self.layers,
+            region=self.region,
+            ring=self.ring,
+            ram=self.ram,
+            staging=self.staging,
+            file=self.store,
+            engine=self.engine,
+            recorder=self.events.append,
+        )
+        self.truth: dict[tuple[int, int], torch.Tensor] = {}
+        self.raw: dict[tuple[int, int], torch.Tensor] = {}
+
+    def frame(self, number: int) -> torch.Tensor:
+        nbytes = self.plan.frame_nbytes
+        return self.region[number * nbytes : (number + 1) * nbytes]
+
+    def bytes_(self, count: int = 1) -> torch.Tensor:
+        shape = (count * self.plan.frame_nbytes,)
+        return torch.randint(0, 256, shape, generator=self.generator, dtype=torch.uint8)
+
+    def open(self, page: int) -> None:
+        """Open a page and write to all of its frames."""
+        for layer in self.layers:
+            self.truth.pop((layer, page), None)
+            self.raw.pop((layer, page), None)
+        self.pager.open(page)
+        for layer in self.layers:
+            self.write(layer, page)
+
+    def write(self, layer: int, page: int) -> None:
+        frames = self.pager.frames(layer, page)
+        data = self.raw[layer, page] = self.bytes_(len(frames))
+        for part, frame in zip(data.view(len(frames), -1), frames, strict=True):
+            self.frame(frame).copy_(part)
+
+    def check_open(self, layer: int, page: int) -> None:
+        frames = self.pager.frames(layer, page)
+        for part, frame in zip(self.raw[layer, page].view(len(frames), -1), frames, strict=True):
+            assert torch.equal(self.frame(frame), part)
+
+    def close(self, page: int, layers: Iterable[int] | None = None) -> None:
+        for layer in self.layers if layers is None else layers:
+            self.check_open(layer, page)
+            frame = self.pager.close(layer, page)
+            if self.plan.kind.plain:
+                self.truth[layer, page] = self.raw[layer, page]
+            else:
+                self.truth[layer, page] = self.bytes_()
+                self.frame(frame).copy_(self.truth[layer, page])
+            self.pager.closed(layer, page)
+
+    def add(self, *pages: int) -> None:
+        for page in pages:
+            self.open(page)
+            self.close(page)
+
+    def read(self, layer: int, pages: Sequence[int]) -> int:
+        """Read closed cells and compare them; how many waves it took."""
+        seen: list[int] = []
+        waves = 0
+        for wave in self.pager.waves(layer, pages):
+            waves += 1
+            for page, offset in zip(wave.pages, wave.offsets, strict=True):
+                buffer = cast(torch.Tensor, wave.buffer)
+                assert torch.equal(buffer[offset : offset + self.plan.frame_nbytes], self.truth[layer, page])
+            seen += wave.pages
+        assert sorted(seen) == sorted(set(pages))
+        return waves
+
+    def read_all(self, pages: Sequence[int], *, expect: bool = True) -> None:
+        """One pass over the layers."""
+        if expect:
+            self.pager.expect([(layer, tuple(pages)) for layer in self.layers])
+        for layer in self.layers:
+            self.read(layer, pages)
+
+    def free(self, pages: Iterable[int]) -> None:
+        pages = tuple(pages)
+        self.pager.free(pages)
+        for page in pages:
+            for layer in self.layers:
+                self.truth.pop((layer, page), None)
+                self.raw.pop((layer, page), None)
+
+    def end(self) -> None:
+        """Free everything: all frames must be free, nothing be left below, and no fence have been missing."""
+        self.free({page for _, page in [*self.truth, *self.raw]})
+        self.pager.shut()
+        assert self.pager.usage().free_frames == self.plan.frames
+        assert self.pager._places.ram.free == (self.plan.ram_frames if self.ram is not None else 0)
+        assert self.pager._ring._slots.free == self.plan.ring_slots
+        assert self.store is None or not self.store.runs
+        if isinstance(self.engine, AdversaryEngine):
+            self.engine.check()
