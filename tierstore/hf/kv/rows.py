@@ -29,6 +29,14 @@ class Row:
         """Positions at columns before ``column``."""
         return sum(min(count, max(column - first, 0)) for first, count in self.spans)
 
+    def column(self, position: int) -> int:
+        """The column of a position that is stored."""
+        for first, count in self.spans:
+            if position < count:
+                return first + position
+            position -= count
+        raise ValueError("a position beyond the end")
+
     def extended(self, column: int, stored: Sequence[bool] | int) -> list[tuple[int, int]]:
         """The spans with new columns from ``column`` on: ``stored`` says which, or how many, all of them."""
         spans = list(self.spans)
@@ -115,15 +123,15 @@ class Rows:
         for row in olds:
             self._remove(row)
 
-    def share(self, tokens: Sequence[Sequence[int]], columns: int) -> int:
+    def share(self, tokens: Sequence[Sequence[int]], columns: int, most: int) -> int:
         """Let empty rows share pages that hold the beginning of their ``tokens``, which end at column ``columns``.
 
-        Returns how many columns all rows have then: at most ``columns - 1``."""
+        Returns how many columns all rows have then, at most ``most``."""
         found = []
         for row, known in zip(self.rows, tokens, strict=True):
             each = [table.share_prefix(row.sequences[kind], known) for kind, table in enumerate(self._tables)]
             found.append(columns - len(known) + min(each, default=0))
-        common = min(found, default=0)
+        common = min([*found, most])
         for row, known in zip(self.rows, tokens, strict=True):
             first = columns - len(known)
             length = max(common - first, 0)

@@ -161,9 +161,32 @@ class CacheState:
             mine = tokens[r] if self.stored is None else tokens[r][self.stored[r].to(tokens.device)]
             self.rows.seal(r, mine.tolist())
 
-    def share(self, tokens: Tensor, mask: Tensor | None) -> int:
-        """Let an empty cache begin with pages that hold the beginnings of ``tokens`` [B, n]; how many columns it has
-        then."""
+    def rewind(self, lost: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | None, int] | None:
+        """Crop to before the first of the ``lost`` cells ``(layer, page)``, or to where windows can go on from.
+
+        Returns the tokens [B, columns] that there were, which of them are stored, and how many columns are left; None,
+        with nothing changed, where tokens are not known."""
+        columns = self.rows.columns
+        if self.tokens is None or self.tokens.shape[1] < columns or not columns:
+            return None
+        tokens, stored = self.tokens, self.stored
+        first = columns
+        for layer, page in lost:
+            number = self.memory.kind_of[layer]
+            size = self.memory.kinds[number].table.page_tokens
+            for r, row in enumerate(self.rows.rows):
+                pages = self.rows.pages(r, number)
+                if page in pages:
+                    first = min(first, row.column(pages.index(page) * size))
+        try:
+            self.crop(first)
+        except ValueError:
+            self.crop(0)
+        return tokens, stored, self.rows.columns
+
+    def share(self, tokens: Tensor, mask: Tensor | None, most: int) -> int:
+        """Let an empty cache begin with pages that hold the beginnings of ``tokens`` [B, n], ``most`` columns of them
+        at most; how many columns it has then."""
         if self.rows.rows:
             return 0
         stored = None if mask is None or bool(mask.all()) else mask.bool()
@@ -172,7 +195,7 @@ class CacheState:
         known = [row.tolist() if stored is None else row[stored[r]].tolist() for r, row in enumerate(tokens)]
         self.memory.begin()
         self.rows.add(len(known))
-        columns = self.rows.share(known, tokens.shape[1])
+        columns = self.rows.share(known, tokens.shape[1], most)
         if not columns:
             self.rows.clear()
             return 0

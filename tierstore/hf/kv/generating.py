@@ -1,0 +1,281 @@
+"""Lets a model generate with a paged cache: ``generate`` and ``forward`` of one instance, until ``close``.
+
+A forward that is given a ``PagedCache`` goes through stages, each ``stage(go_on, call) -> output``: it may change the
+call, make several of it, or do something before and after, and calls ``go_on(call)`` for what comes behind. Outermost
+first they are: pages found by content need not be computed; a prompt longer than can be written at once goes in
+chunks; lost pages are computed anew; and the model runs. A further stage is put in by ``add``, outermost, such as one
+that bounds activations. Whoever stands for the module's forward with ``interpose(..., outermost=True)`` after this
+does so around all stages.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, MutableSequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tierstore.backends import Backend
+from tierstore.binding.forwards import interpose, withdraw
+from tierstore.budget import Budget
+from tierstore.errors import CapacityError, ModuleError, PageLostError
+from tierstore.events import Recorder
+from tierstore.hf.kv.attention import ORIGINALS, register
+from tierstore.hf.kv.cache import PagedCache
+from tierstore.hf.kv.calls import Call, standard_positions
+from tierstore.hf.kv.memory import PAGE_TOKENS, KvMemory
+from tierstore.hf.kv.shapes import dtype_of, layers_of
+from tierstore.hf.splitting import CACHES, Forward
+from tierstore.kvformats.named import kv_format
+
+GoOn = Callable[[Call], Any]
+Stage = Callable[[GoOn, Call], Any]
+_TRIES = 8  # so often pages may be lost in one forward, and computed anew
+
+
+def make_kv(
+    module: nn.Module,
+    budget: Budget,
+    *,
+    format: str | None,
+    backend: Backend,
+    recorder: Recorder,
+    folder: Path | None,
+    notes: MutableSequence[str],
+    page_tokens: int = PAGE_TOKENS,
+) -> KvGeneration:
+    """A paged KV cache for ``module``, a transformers decoder, with which it generates from now on.
+
+    ``format`` is how pages that are full are kept: "int8", "fp8", ...; None keeps them as they are. ``folder`` is where
+    ``budget.kv_nvme`` bytes of pages go. What users should know is added to ``notes``. Raises ``ModuleError`` for
+    models with another kind of cache, and for formats that cannot be; ``PlanError`` for a budget that is too small.
+    """
+    layers, dtype = layers_of(module), dtype_of(module)
+    form = kv_format(format, dtype)
+    memory = KvMemory(
+        layers,
+        budget,
+        dtype=dtype,
+        form=form,
+        backend=backend,
+        recorder=recorder,
+        folder=folder,
+        page_tokens=page_tokens,
+    )
+    try:
+        return KvGeneration(module, memory, notes)
+    except BaseException:
+        memory.close()
+        raise
+
+
+class KvGeneration:
+    """``module`` generates with ``cache``, over ``memory``, until ``close``.
+
+    ``generate`` begins anew in ``cache`` unless it is given one, and then in one of its own when ``cache`` is in use.
+    """
+
+    def __init__(self, module: nn.Module, memory: KvMemory, notes: MutableSequence[str]) -> None:
+        self.module, self.memory = module, memory
+        self.cache = PagedCache(memory)
+        self._forward = Forward(inspect.signature(module.forward).parameters, getattr(module, "config", None))
+        if not self._forward.cache:
+            raise ModuleError(f"the forward of {type(module).__name__} takes no cache: load it without kv_hbm")
+        self._configs = _attention_configs(module)
+        self._attention = self._register(notes)
+        self._stages: list[Stage] = [self._run, self._recomputing, self._in_chunks, self._reusing]
+        self._generating = 0
+        self._own_generate = module.__dict__.get("generate")
+        self._generate_before: Callable[..., Any] = module.generate  # type: ignore[assignment]
+        module.__dict__["generate"] = self._generate
+        interpose(module, self._through, outermost=True)
+
+    def add(self, stage: Stage) -> None:
+        """Put a stage around all others."""
+        self._stages.append(stage)
+
+    def close(self) -> None:
+        """Leave the module as it was found, and release the memory. Idempotent."""
+        withdraw(self.module, self._through)
+        if self.module.__dict__.get("generate") == self._generate:
+            if self._own_generate is None:
+                del self.module.__dict__["generate"]
+            else:
+                self.module.__dict__["generate"] = self._own_generate
+        self.memory.close()
+
+    # ---- generate
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        name = self._forward.cache
+        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+
+        def option(key: str) -> Any:
+            found = kwargs.get(key)
+            return getattr(config, key, None) if found is None else found
+
+        given = any(kwargs.get(each) is not None for each in CACHES)
+        if given or option("use_cache") is False or option("cache_implementation") is not None:
+            return self._generate_before(*args, **kwargs)
+        cache = self.cache if not self._generating else self.cache.another()
+        cache.reset()
+        if getattr(config, "is_assistant", False):
+            cache.activate_past_recording()
+        self._generating += 1
+        try:
+            found = self._generate_before(*args, **kwargs, **{name: cache})
+        finally:
+            self._generating -= 1
+        cache.state.finish()
+        cache.state.seal()
+        return found
+
+    # ---- forward
+
+    def _through(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = self._forward.read(args, kwargs)
+        cache = given.get(self._forward.cache)
+        if not isinstance(cache, PagedCache) or cache.memory is not self.memory:
+            return forward(*args, **kwargs)
+        if given.get("output_attentions") or getattr(self._forward.config, "output_attentions", False):
+            raise ModuleError(
+                "attention over pages gives no weights: leave output_attentions out, or give another cache"
+            )
+        call = Call(self._forward, given, cache.state, forward)
+        go_on: GoOn = _called
+        for stage in self._stages:
+            go_on = partial(stage, go_on)
+        return go_on(call)
+
+    def _run(self, go_on: GoOn, call: Call) -> Any:
+        """The model itself, with attention over pages. A pass that fails never was."""
+        state = call.state
+        state.announce(call.tokens, call.mask)
+        try:
+            with self._attending():
+                output = go_on(call)
+        except BaseException:
+            state.abandon()
+            raise
+        finally:
+            state.announce(None, None)
+        state.finish()
+        if call.length > 1:
+            state.seal()
+        return output
+
+    def _recomputing(self, go_on: GoOn, call: Call) -> Any:
+        """Pages that cannot be brought back are computed anew, from their tokens."""
+        for left in reversed(range(_TRIES)):
+            try:
+                return go_on(call)
+            except PageLostError as error:
+                if not left or not self._again(go_on, call, error):
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    def _again(self, go_on: GoOn, call: Call, error: PageLostError) -> bool:
+        """Whether the tokens of lost pages were known, and went through the model again."""
+        state = call.state
+        self.memory.lost(error.cells)
+        known = state.rewind(error.cells)
+        if known is None:
+            return False
+        tokens, stored, start = known
+        if start < tokens.shape[1]:
+            again = call.of_tokens(tokens, stored, start)
+            most = self.memory.columns_at_once(len(tokens))
+            for part in again.parts(most):
+                try:
+                    go_on(part)
+                except PageLostError as other:
+                    return self._again(go_on, call, other)
+        return True
+
+    def _in_chunks(self, go_on: GoOn, call: Call) -> Any:
+        """A pass writes to pages that are all open at the same time; a longer input goes in several."""
+        if call.length <= 1:
+            return go_on(call)
+        bound = self.memory.plan.tokens
+        if bound is not None and call.longest > bound:
+            raise CapacityError(
+                f"a sequence of {call.longest} tokens is longer than all KV tiers together, which hold {bound}: "
+                f"shorten the prompt, or raise kv_hbm, kv_ram or kv_nvme"
+            )
+        most = self.memory.columns_at_once(call.different_rows)
+        if call.length <= most:
+            return go_on(call)
+        why = call.why_whole
+        if why:
+            raise CapacityError(
+                f"{call.length} tokens a row are more than the {most} that kv_hbm can take at once, and this input "
+                f"cannot go in chunks, as {why}: give fewer tokens at once, or raise kv_hbm"
+            )
+        start = call.state.rows.columns
+        try:
+            return call.joined([go_on(part) for part in call.parts(most)])
+        except BaseException:
+            call.state.abandon()
+            if call.state.rows.columns > start:
+                call.state.crop(start)
+            raise
+
+    def _reusing(self, go_on: GoOn, call: Call) -> Any:
+        """What all rows begin with and pages still hold is not computed again."""
+        keep = call.kept_logits
+        if call.tokens is None or not keep or call.length <= keep or call.state.rows.rows or call.why_whole:
+            return go_on(call)
+        if not standard_positions(call):
+            return go_on(call)
+        shared = call.state.share(call.tokens, call.mask, call.length - keep)
+        return go_on(call.part(shared, call.length)) if shared else go_on(call)
+
+    @contextmanager
+    def _attending(self) -> Iterator[None]:
+        """Within, the model's attention is the one over pages."""
+        if self._attention is None:
+            yield
+            return
+        before = [config._attn_implementation_internal for config in self._configs]
+        try:
+            for config in self._configs:
+                config._attn_implementation_internal = self._attention
+            yield
+        finally:
+            for config, name in zip(self._configs, before, strict=True):
+                config._attn_implementation_internal = name
+
+    def _register(self, notes: MutableSequence[str]) -> str | None:
+        """The name of attention over pages for this model; None where it has none of its own to stand for."""
+        name = type(self.module).__name__
+        if not self._configs or not getattr(self.module, "_supports_attention_backend", False):
+            notes.append(
+                f"{name} computes attention in a way of its own: the keys and values of a layer are gathered for it, "
+                f"one layer at a time, which takes memory beside kv_hbm"
+            )
+            return None
+        chosen = str(self._configs[0]._attn_implementation)
+        if chosen in ORIGINALS:
+            return register(chosen)
+        other = "sdpa" if getattr(self.module, "_supports_sdpa", False) else "eager"
+        notes.append(f"{name} asks for {chosen} attention: over pages it has the numbers of {other}")
+        return register(other)
+
+
+def _attention_configs(module: nn.Module) -> list[Any]:
+    """The config objects that the attention of the decoder reads."""
+    text: Any = module.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    found = {id(text): text}
+    for each in module.modules():
+        config = getattr(each, "config", None)
+        if isinstance(getattr(each, "layer_idx", None), int) and type(config) is type(text):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _called(call: Call) -> Any:
+    return call.forward(**call.given)
