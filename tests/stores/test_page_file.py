@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import signal
@@ -20,6 +21,7 @@ from tierstore.contracts import CellRead, PageStore
 from tierstore.errors import PageLostError, StoreError, StoreFullError
 from tierstore.stores.page_file import PageFile
 from tierstore.stores.page_runs import Run
+from tierstore.stores.reader import Reader
 from tierstore.testing.page_store_contract import HeldFence, PageStoreContract, cells_of
 
 CELL = 33_856  # of 64, not of 512
@@ -128,6 +130,28 @@ def test_neighbouring_cells_cost_one_read(tmp_path: Path, calls: list[tuple[int,
         store.read([CellRead(run, cell, 1, part) for cell, part in reversed(list(enumerate(into)))]).wait()
         assert torch.equal(torch.cat(into), data)
         assert len(calls) == 1
+
+
+@pytest.mark.parametrize("phase", [0, 64])
+def test_writes_pass_the_page_cache_from_any_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: int
+) -> None:
+    direct: list[bool] = []
+    plain = os.pwrite
+
+    def pwrite(fd: int, view: memoryview, offset: int) -> int:
+        direct.append(bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT))
+        return plain(fd, view, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    (tmp_path / "of two pages").write_bytes(bytes(2 * 4096))
+    with closing(Reader([tmp_path / "of two pages"])) as reader, page_file(tmp_path) as store:
+        if not reader.direct[0]:
+            pytest.skip("the temporary directory has no O_DIRECT")
+        assert store._reader.blocks == reader.blocks
+        put(store, 7, phase=phase)
+        assert direct
+        assert all(direct)
 
 
 @pytest.mark.parametrize("cell", [0, 4, 6])
@@ -299,6 +323,16 @@ def test_folders(tmp_path: Path) -> None:
     with page_file(new):
         (new / "of somebody").write_text("else")
     assert os.listdir(new) == ["of somebody"]
+
+
+def test_a_disk_without_room_for_a_file_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, nbytes: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "ftruncate", full)
+    with pytest.raises(StoreFullError, match="No space left on device"):
+        PageFile(tmp_path / "new", cell_nbytes=64, capacity_nbytes=1 << 20)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("folder", ["/proc/self", "/proc/nowhere/at/all", "a file", "a file/below"])

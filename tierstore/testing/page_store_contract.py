@@ -179,11 +179,13 @@ class PageStoreContract:
         late, truth = torch.full_like(data, GUARD), data
         run = opened.put(2, late, after=[held])
         held.reached.wait()
-        assert not run.fence.done()
-        with pytest.raises(StoreError):  # it is not there yet
-            opened.read([CellRead(run, 0, 2, torch.empty_like(data))])
-        late.copy_(truth)
-        held.released.set()
+        try:
+            assert not run.fence.done()
+            with pytest.raises(StoreError):  # it is not there yet
+                opened.read([CellRead(run, 0, 2, torch.empty_like(data))])
+            late.copy_(truth)
+        finally:
+            held.released.set()
         run.fence.wait()
         _Model(opened, {run: _cells(opened, truth)}).read([(run, 0, 2)], Random(0))
 
