@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
 
 from tierstore.errors import CapacityError
 from tierstore.pages import GONE, PageCopy, PageTable, Run
@@ -21,14 +30,17 @@ class Pages(RuleBasedStateMachine):
 
     sequences = Bundle("sequences")
 
-    @initialize(pages=st.integers(0, 12))
-    def start(self, pages: int) -> None:
+    @initialize(target=sequences, pages=st.integers(0, 12) | st.just(20))
+    def start(self, pages: int) -> Any:
         self.table = PageTable(pages, PAGE)
         self.memory: list[list[int | None]] = [[None] * PAGE for _ in range(pages)]
         self.model: dict[int, list[int]] = {}
         self.gone: dict[int, int] = {}
-        self.sealed = False
+        self.texts: list[list[int]] = []
         self.opened: set[int] = set()
+        number: Any = self.add()
+        self.write(number, [0] * 9)
+        return number
 
     def write(self, number: int, tokens: list[int]) -> None:
         before = self.table.pages(number), self.table.usage()
@@ -62,16 +74,18 @@ class Pages(RuleBasedStateMachine):
     def held(self) -> set[int]:
         return {page for number in self.model for page in self.table.pages(number)} - {GONE}
 
+    @precondition(lambda self: len(self.model) < 5)
     @rule(target=sequences)
     def add(self) -> int:
         number = self.table.add()
         self.model[number], self.gone[number] = [], 0
         return number
 
-    @rule(number=sequences, tokens=st.lists(st.integers(0, 1), max_size=9))
+    @rule(number=sequences, tokens=st.lists(st.integers(0, 1), max_size=9) | st.just([0] * PAGE))
     def append(self, number: int, tokens: list[int]) -> None:
         self.write(number, tokens)
 
+    @precondition(lambda self: len(self.model) < 5)
     @rule(target=sequences, number=sequences)
     def fork(self, number: int) -> int:
         new = self.table.fork(number)
@@ -102,35 +116,42 @@ class Pages(RuleBasedStateMachine):
 
     @rule(number=sequences, data=st.data())
     def crop(self, number: int, data: Any) -> None:
-        length = data.draw(st.integers(0, len(self.model[number])))
+        longest = len(self.model[number])
+        length = data.draw(st.integers(0, longest) | st.sampled_from(range(0, longest + 1, PAGE)))
         if length % PAGE and length <= self.gone[number]:
             with pytest.raises(ValueError, match="behind the window"):
                 self.table.crop(number, length)
             return
         self.table.crop(number, length)
         del self.model[number][length:]
+        self.gone[number] = min(self.gone[number], length)
 
     @rule(number=sequences, data=st.data())
     def drop_before(self, number: int, data: Any) -> None:
-        position = data.draw(st.integers(0, len(self.model[number]) + 2))
+        longest = len(self.model[number])
+        position = data.draw(st.integers(0, longest + 2) | st.just(longest))
         self.table.drop_before(number, position)
         whole = min(position, len(self.model[number])) // PAGE * PAGE
         self.gone[number] = max(self.gone[number], whole)
 
     @rule(number=sequences, left_out=st.integers(0, 5))
     def seal(self, number: int, left_out: int) -> None:
-        self.table.seal(number, self.model[number][: max(len(self.model[number]) - left_out, 0)])
-        self.sealed = True
+        tokens = self.model[number][: max(len(self.model[number]) - left_out, 0)]
+        self.table.seal(number, tokens)
+        self.texts.append(tokens)
 
-    @rule(target=sequences, tokens=st.lists(st.integers(0, 1), max_size=14))
-    def share(self, tokens: list[int]) -> Any:
+    @rule(target=sequences, data=st.data(), more=st.lists(st.integers(0, 1), max_size=5))
+    def share(self, data: Any, more: list[int]) -> Any:
+        if not self.texts:
+            return multiple()
+        text = data.draw(st.sampled_from(self.texts))
+        tokens = text[: data.draw(st.integers(0, len(text)))] + more
         number = self.table.add()
         shared = self.table.share_prefix(number, tokens)
         assert shared % PAGE == 0
         assert shared < max(len(tokens), 1)
-        assert self.sealed or not shared
         self.model[number], self.gone[number] = tokens[:shared], 0
-        return multiple(number)
+        return number
 
     @rule(data=st.data())
     def forget(self, data: Any) -> None:
@@ -187,7 +208,7 @@ class Pages(RuleBasedStateMachine):
 
 
 TestPages = Pages.TestCase
-TestPages.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestPages.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def test_a_fork_is_copied_when_it_writes() -> None:
@@ -275,8 +296,26 @@ def test_a_page_that_was_cut_back_and_written_again_is_not_what_it_was() -> None
     assert table.share_prefix(table.add(), [*range(6), 60, 7, 8]) == 4
     table.append(one, 1)
     table.seal(one, [*range(6), 60, 61])
-    assert table.share_prefix(table.add(), [*range(6), 60, 61, 0]) == 8
     assert table.share_prefix(table.add(), [*range(8), 0]) == 8
+    table.crop(one, 5)
+    assert table.append(one, 3).copies == ()
+    assert table.share_prefix(table.add(), [*range(6), 60, 61, 0]) == 4
+
+
+def test_what_is_behind_the_window_is_cut_off_and_written_again() -> None:
+    table = PageTable(4, PAGE)
+    one = table.add()
+    table.append(one, 12)
+    table.drop_before(one, 9)
+    table.seal(one, [7] * 12)
+    assert table.pages(one)[:2] == (GONE, GONE)
+    assert table.share_prefix(table.add(), [7] * 13) == 0  # the first pages are not there to be found
+    table.crop(one, 4)
+    table.append(one, 8)
+    assert table.pages(one)[0] == GONE
+    assert [run.position for run in table.runs(one)] == [4, 8]
+    table.drop_before(one, 8)
+    assert [run.position for run in table.runs(one)] == [8]
 
 
 def test_pages_are_not_listed_before_they_are_used() -> None:
