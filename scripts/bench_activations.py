@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Measures the peak of activations while prompts of several lengths go through a model, whole and in chunks.
 
-The model is a tiny Llama with random weights in float32. Counted are the bytes of all tensors that live at once, but
-for weights, the prompt, and keys and values in the cache: what the cache's own copying needs is counted. Prints a table
-and, last, one line of JSON.
+The model is a tiny Llama with random weights in float32; its cache is transformers' own, or one in pages, all in hbm.
+Counted are the bytes of all tensors that live at once, but for weights, the prompt, keys and values in the cache, and
+what the cache in pages has taken for good: the copying of a cache that grows is counted. Prints a table and, last, one
+line of JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ from benchmark.live import LiveBytes
 from benchmark.table import Row, as_text, at_most, goals_of
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
-from tierstore.budget import format_nbytes
+import tierstore
+from tierstore.budget import Budget, format_nbytes
 from tierstore.hf.prefill import ChunkedPrefill
 
 LENGTHS, SMOKE_LENGTHS = (8192, 16384, 32768), (256, 512, 1024)
@@ -50,11 +53,11 @@ def make_model() -> Any:
     return model.eval()
 
 
-def tensors_of(cache: DynamicCache) -> Iterator[Tensor]:
+def tensors_of(cache: Cache) -> Iterator[Tensor]:
     """The keys and values that a cache holds now."""
     layer: Any
     for layer in cache.layers:
-        if layer.is_initialized:
+        if isinstance(layer.keys, Tensor):
             yield from (layer.keys, layer.values)
 
 
@@ -68,21 +71,30 @@ class Bench:
     def run(self) -> None:
         """Measure every way."""
         self._measure("whole")
-        prefill = ChunkedPrefill(self._model, self._bound)
-        try:
+        with closing(ChunkedPrefill(self._model, self._bound)):
             self._measure("in chunks")
-        finally:
-            prefill.close()
+        kv_nbytes = 2 * self._kv_nbytes(max(self._lengths))
+        with tierstore.offload(
+            self._model, Budget("1GiB", kv_hbm=kv_nbytes, activations=self._bound), device="cpu"
+        ) as session:
+            self._measure("in chunks, paged", session.kv)
 
-    def _measure(self, way: str) -> None:
+    def _measure(self, way: str, cache: Cache | None = None) -> None:
         for length in self._lengths:
             say(f"{way}, {length} tokens")
-            self.figures.setdefault(way, {})[length] = self._one(length)
+            if cache is not None:
+                cache.reset()
+            self.figures.setdefault(way, {})[length] = self._one(length, cache)
 
-    def _one(self, length: int) -> dict[str, Any]:
+    def _kv_nbytes(self, length: int) -> int:
+        config = self._model.config
+        heads = config.num_hidden_layers * config.num_key_value_heads
+        return int(length * heads * 2 * config.head_dim * self._model.dtype.itemsize)
+
+    def _one(self, length: int, paged: Cache | None) -> dict[str, Any]:
         size = self._model.config.vocab_size
         prompt = torch.randint(size, (1, length), generator=torch.Generator().manual_seed(length))
-        cache = DynamicCache(config=self._model.config)
+        cache = paged or DynamicCache(config=self._model.config)
         start = time.perf_counter()
         with torch.no_grad(), LiveBytes(lambda: tensors_of(cache)) as live:
             token = self._model(prompt, cache=cache, logits_to_keep=1).logits[0, -1].argmax()

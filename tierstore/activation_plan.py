@@ -23,9 +23,9 @@ class LayerShape:
 
     ``queries`` are heads times width, ``keys`` those of keys and values together, ``inner`` is the width of the MLP
     within. ``chunked_mlp`` says whether an MLP can be run over fewer rows than the rest of its layer. Attention over
-    pages needs nothing that grows with the context; else ``key_nbytes`` are the bytes that a token has for every key
-    that it may see, in a dense mask or in scores that are written down, and ``context_nbytes`` those of the copies that
-    a layer makes of the keys and values of each position.
+    pages takes ``fixed_nbytes``, whatever the context and the chunk. Other attention has ``key_nbytes`` for every token
+    and every key that it may see, in a dense mask or in scores that are written down, and ``context_nbytes`` for each
+    position, in copies that a layer makes of its keys and values.
     """
 
     hidden: int
@@ -37,6 +37,7 @@ class LayerShape:
     chunked_mlp: bool
     key_nbytes: int = 0
     context_nbytes: int = 0
+    fixed_nbytes: int = 0
 
     @property
     def attention_nbytes(self) -> int:
@@ -80,7 +81,7 @@ def build_activation_plan(nbytes: int, shape: LayerShape, *, batch: int, context
     # a dense mask, or what it is made of, lives on beside the MLP
     beside = shape.beside_nbytes + context * shape.key_nbytes
     least_inner = shape.inner_nbytes if shape.chunked_mlp else batch * shape.inner_nbytes
-    fixed = batch * (shape.logits_nbytes + context * shape.context_nbytes)
+    fixed = shape.fixed_nbytes + batch * (shape.logits_nbytes + context * shape.context_nbytes)
     needed = fixed + max(batch * keyed, batch * beside + least_inner)
     if nbytes < needed:
         raise PlanError(

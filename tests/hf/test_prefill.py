@@ -47,7 +47,7 @@ def model_of(name: str = "LlamaForCausalLM", **changes: Any) -> Any:
 
 def bound(model: Any, *, tokens: int = 9, batch: int = 2) -> int:
     """The smallest bound that lets so many tokens a row through at once."""
-    shape = layer_shape(model, chunked_mlp=ChunkedMlps(model).complete, paged=False)
+    shape = layer_shape(model, chunked_mlp=ChunkedMlps(model).complete, scratch_nbytes=None)
 
     def allows(nbytes: int) -> bool:
         try:

@@ -23,6 +23,7 @@ shapes = st.builds(
     chunked_mlp=st.booleans(),
     key_nbytes=st.sampled_from([0, 3, 40]),
     context_nbytes=st.sampled_from([0, 256]),
+    fixed_nbytes=st.sampled_from([0, 10**6]),
 )
 batches, contexts = st.integers(1, 9), st.integers(0, 70_000)
 
@@ -32,7 +33,8 @@ def need(shape: LayerShape, plan: ActivationPlan, batch: int, context: int) -> i
     tokens, mask = plan.prefill_tokens * batch, context * shape.key_nbytes
     attention = tokens * (shape.attention_nbytes + mask)
     mlp = tokens * (shape.beside_nbytes + mask) + plan.mlp_tokens * shape.inner_nbytes
-    return batch * (shape.logits_nbytes + context * shape.context_nbytes) + max(attention, mlp)
+    fixed = shape.fixed_nbytes + batch * (shape.logits_nbytes + context * shape.context_nbytes)
+    return fixed + max(attention, mlp)
 
 
 def planned(nbytes: int, shape: LayerShape, batch: int, context: int) -> tuple[ActivationPlan | None, int]:

@@ -10,13 +10,16 @@ from torch import nn
 
 from tierstore.activation_plan import LayerShape
 from tierstore.errors import ModuleError
+from tierstore.hf.kv.paged import _MASKED as MASKED
 
 MASKLESS = ("flash", "flex")
 """Attention of these kinds writes down neither scores nor masks as wide as all keys."""
 
 
-def layer_shape(module: nn.Module, *, chunked_mlp: bool, paged: bool) -> LayerShape:
-    """The shape of ``module``'s widest layer. Raises ``ModuleError`` for what has no config of a decoder."""
+def layer_shape(module: nn.Module, *, chunked_mlp: bool, scratch_nbytes: int | None) -> LayerShape:
+    """The shape of ``module``'s widest layer, with attention over pages that have so much scratch, or None for tensors.
+
+    Raises ``ModuleError`` for what has no config of a decoder."""
     whole: Any = getattr(module, "config", None)
     config = whole.get_text_config(decoder=True) if hasattr(whole, "get_text_config") else whole
     hidden = getattr(config, "hidden_size", None)
@@ -37,8 +40,12 @@ def layer_shape(module: nn.Module, *, chunked_mlp: bool, paged: bool) -> LayerSh
         dtype_nbytes=dtype.itemsize,
         chunked_mlp=chunked_mlp,
     )
-    if paged:
-        return shape
+    if scratch_nbytes is not None:
+        group = max(2 * shape.queries // shape.keys, 1)
+        # a block of a mask, as bool and as what is added to scores, once more for queries that share keys; or, where
+        # all keys fit the scratch, what attention to them takes in their stead
+        block = MASKED * (2 + (1 + group) * dtype.itemsize)
+        return replace(shape, fixed_nbytes=max(block, scratch_nbytes))
     attention = str(getattr(config, "_attn_implementation", None))
     maskless = any(kind in attention for kind in MASKLESS)
     masks = len(set(getattr(config, "layer_types", None) or ["one"]))

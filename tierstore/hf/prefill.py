@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,12 @@ from tierstore.budget import format_nbytes
 from tierstore.errors import CapacityError
 from tierstore.hf.activations import layer_shape
 from tierstore.hf.chunked_mlp import ChunkedMlps
+from tierstore.hf.kv.cache import PagedCache
+from tierstore.hf.kv.calls import Call
 from tierstore.hf.splitting import CACHES, Forward, length_of, part_of, positions_in, why_not
+
+if TYPE_CHECKING:
+    from tierstore.hf.kv.generating import KvGeneration
 
 JOINED = ("logits", "last_hidden_state")
 """Outputs that have a row for each position."""
@@ -43,10 +50,11 @@ class ChunkedPrefill:
     After an error the cache holds the chunks before it, in all layers.
     """
 
-    def __init__(self, module: nn.Module, nbytes: int) -> None:
+    def __init__(self, module: nn.Module, nbytes: int, kv: KvGeneration | None = None) -> None:
+        """``kv`` is what the module generates with, if that is of ours: calls with its caches are split there."""
         self.chunks = 0
         """How many there were so far, of inputs that were split."""
-        self._module, self._nbytes = module, nbytes
+        self._module, self._nbytes, self._kv, self._closed = module, nbytes, kv, False
         self._forward = Forward(inspect.signature(module.forward).parameters, getattr(module, "config", None))
         self._mlps = ChunkedMlps(module)
         self._plan(1, 1, None)
@@ -55,6 +63,8 @@ class ChunkedPrefill:
         if self._head is not None:
             interpose(self._head, _on_contiguous)
         interpose(module, self._through, outermost=True)
+        if kv is not None:
+            kv.add(self._stage)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -63,25 +73,39 @@ class ChunkedPrefill:
 
     def close(self) -> None:
         """Leave the module as it was found. Idempotent."""
+        self._closed = True
         withdraw(self._module, self._through)
         if self._head is not None:
             withdraw(self._head, _on_contiguous)
         self._mlps.close()
 
     def _plan(self, batch: int, length: int, cache: Any) -> ActivationPlan:
-        shape = layer_shape(self._module, chunked_mlp=self._mlps.complete, paged=getattr(cache, "is_paged", False))
+        paged = isinstance(cache, PagedCache) and getattr(self._module, "_supports_attention_backend", False)
+        scratch = cache.memory.plan.scratch_nbytes if paged else None
+        shape = layer_shape(self._module, chunked_mlp=self._mlps.complete, scratch_nbytes=scratch)
         context = positions_in(cache) + length
         return build_activation_plan(self._nbytes, shape, batch=batch, context=context)
 
+    def _stage(self, go_on: Callable[[Call], Any], call: Call) -> Any:
+        if self._closed:
+            return go_on(call)
+        return self._bounded(lambda **given: go_on(replace(call, given=given)), call.given, partial(go_on, call))
+
     def _through(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         given = self._forward.read(args, kwargs)
+        cache = given.get(self._forward.cache)
+        if self._kv is not None and isinstance(cache, PagedCache) and cache.memory is self._kv.memory:
+            return forward(*args, **kwargs)  # and so to the stage
+        return self._bounded(forward, given, partial(forward, *args, **kwargs))
+
+    def _bounded(self, forward: Callable[..., Any], given: Mapping[str, Any], whole: Callable[[], Any]) -> Any:
         batch, length = length_of(given) or (0, 0)
         if length <= 1:  # also what the forward itself will have to refuse
-            return forward(*args, **kwargs)
+            return whole()
         plan = self._plan(batch, length, given.get(self._forward.cache))
         self._mlps.tokens = plan.mlp_tokens
         if length <= plan.prefill_tokens:
-            return forward(*args, **kwargs)
+            return whole()
         if why := self._forward.why_whole(given) or self._why_not_in_chunks():
             raise self._refusal(why, length, plan)
         return self._in_chunks(forward, given, length, plan)
@@ -91,7 +115,9 @@ class ChunkedPrefill:
             return "gradients keep all activations: call it in torch.no_grad()"
         return ""
 
-    def _in_chunks(self, forward: Any, given: dict[str, Any], length: int, plan: ActivationPlan) -> Any:
+    def _in_chunks(
+        self, forward: Callable[..., Any], given: Mapping[str, Any], length: int, plan: ActivationPlan
+    ) -> Any:
         cache = self._forward.cache
         past = positions_in(given[cache])
         wants = {name: self._wants(given, name) for name in ("use_cache", "return_dict")}
