@@ -117,10 +117,11 @@ class PageTable:
         olds = [self._sequences[number] for number in sequences]
         if len(olds) != len(after) or len(set(sequences)) != len(sequences):
             raise ValueError(f"{len(sequences)} sequences and {len(sources)} sources: one source each is needed, once")
-        for found in after:
-            self._take(found.pages)
-        for number, old, found in zip(sequences, olds, after, strict=True):
-            self._give_back(old.pages)
+        same = [_same_pages(old.pages, found.pages) for old, found in zip(olds, after, strict=True)]
+        for found, start in zip(after, same, strict=True):
+            self._take(found.pages[start:])
+        for number, old, found, start in zip(sequences, olds, after, same, strict=True):
+            self._give_back(old.pages[start:])
             self._sequences[number] = found
 
     def remove(self, sequence: int) -> None:
@@ -203,10 +204,10 @@ class PageTable:
         found = self._sequences[sequence]
         if found.length:
             raise ValueError(f"sequence {sequence} has {found.length} positions already: share a prefix before any")
-        for page in self._contents.find(tokens[:-1]):
-            self._take([page])
-            found.pages.append(page)
-            found.length += self.page_tokens
+        pages = list(self._contents.find(tokens[:-1]))
+        self._take(pages)
+        found.pages += pages
+        found.length += len(pages) * self.page_tokens
         return found.length
 
     def forget(self, page: int) -> None:
@@ -313,3 +314,9 @@ class PageTable:
             count = min(self.page_tokens - at, stop - start)
             yield Run(start, found.pages[start // self.page_tokens], at, count)
             start += count
+
+
+def _same_pages(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many pages both begin with."""
+    length = min(len(first), len(second))
+    return next((index for index in range(length) if first[index] != second[index]), length)
