@@ -277,6 +277,10 @@ class PagerBench:
         for layer in self.layers:
             self.read(layer, pages)
 
+    def settle(self) -> None:
+        """Let every move end."""
+        self.pager._spill.wait_all()
+
     def free(self, pages: Iterable[int]) -> None:
         pages = tuple(pages)
         self.pager.free(pages)

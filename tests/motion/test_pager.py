@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -16,22 +16,32 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.motion.pager_bench import PagerBench, make_plan
-from tierstore.errors import CapacityError, PageLostError
+from tests.motion.pager_bench import FakeRun, PagerBench, make_plan
+from tierstore.contracts import CopyEngine
+from tierstore.copies.cpu import CpuCopyEngine
+from tierstore.errors import CapacityError, PageLostError, SessionClosedError, StoreError, StoreFullError
+from tierstore.events import Missed, Moved
+from tierstore.paging.going_down import make_room
 
 TIERS = [(0, 0), (30, 0), (0, 200), (7, 200)]
 """Frames in RAM and cells in the store."""
 
 
 def bench(
-    tiers: tuple[int, int], seed: int = 0, *, discrete: bool = True, plain: bool = False, **plan: Any
+    tiers: tuple[int, int],
+    seed: int = 0,
+    *,
+    discrete: bool = True,
+    plain: bool = False,
+    engine: CopyEngine | None = None,
+    **plan: Any,
 ) -> PagerBench:
     ram_frames, nvme_slots = tiers
     frames = plan.pop("frames", 14 if sum(tiers) else 60)
     made = make_plan(
         frames=frames, quota=plan.pop("quota", 2), ram_frames=ram_frames, nvme_slots=nvme_slots, plain=plain, **plan
     )
-    return PagerBench(made, seed, discrete=discrete)
+    return PagerBench(made, seed, discrete=discrete, engine=engine)
 
 
 @pytest.mark.parametrize("discrete", [True, False])
@@ -49,6 +59,222 @@ def test_growing_sequence_is_read_right(tiers: tuple[int, int], plain: bool, dis
         made.end()
 
 
+@pytest.mark.parametrize("tiers", [(0, 200), (200, 0)])
+def test_every_streamed_cell_is_fetched_once_a_pass_and_none_is_missed(tiers: tuple[int, int]) -> None:
+    made = bench(tiers, engine=CpuCopyEngine() if tiers[1] else None, ring_slots=4, frames=24)
+    pages = list(range(8))
+    made.add(*pages)
+    made.settle()
+    for _ in range(2):
+        made.read_all(pages)
+    before, events = made.pager.usage(), len(made.events)
+    for _ in range(20):
+        made.read_all(pages)
+    after = made.pager.usage()
+    down = after.nvme_cells + (after.ram_cells if tiers[0] else 0)
+    assert down > 8
+    assert after.misses == before.misses
+    # give or take what is in the ring, and what was seen to have come late
+    moved = sum(event.nbytes for event in made.events[events:] if isinstance(event, Moved)) // 64
+    assert abs(moved - 20 * down) <= 3 * made.plan.ring_slots * made.plan.run_cells
+    made.end()
+
+
+def test_cells_are_written_down_at_most_once_in_whole_runs() -> None:
+    made = bench((0, 200), engine=CpuCopyEngine(), frames=40, run_cells=3)
+    assert made.store is not None
+    made.add(*range(12))
+    made.settle()
+    assert {run.cells for run in made.store.runs} == {3}
+    for _ in range(3):
+        made.pager.pause(range(12))
+        made.settle()
+        assert made.pager.usage().hbm_cells == 0
+        made.pager.resume(range(12))
+        made.settle()
+        assert made.pager.usage().hbm_cells > 0
+        made.read_all(range(12))
+    assert made.store.written_nbytes == 12 * 3 * 64 == made.pager.usage().written_nbytes
+    made.end()
+
+
+def test_those_that_closed_first_stay() -> None:
+    made = bench((0, 200), engine=CpuCopyEngine(), quota=4, frames=3 * (4 + 2 + 2) + 4)
+    made.add(*range(12))
+    made.settle()
+    for layer in made.layers:
+        (wave,) = made.pager.waves(layer, range(4))
+        assert wave.buffer is made.region
+    made.end()
+
+
+def test_quotas_shrink_evenly_for_open_pages() -> None:
+    made = bench((0, 200), quota=6, frames=24)
+    made.add(*range(5))
+    for page in range(10, 13):
+        made.open(page)
+    standing = [len(cells) for cells in made.pager._places.standing]
+    assert max(standing) - min(standing) <= made.plan.run_cells
+    made.read_all(range(5))
+    made.end()
+
+
+@pytest.mark.parametrize("how", ["full", "failing"])
+def test_full_store_leaves_cells_where_they_are(how: str) -> None:
+    made = bench((0, 200), frames=18)
+    assert made.store is not None
+    setattr(made.store, how, True)
+    made.add(0, 1)
+    made.open(2)
+    with pytest.raises(CapacityError, match=r"page 3 needs 8 frames of 64 bytes, \d+ of 18") as caught:
+        made.open(3)
+    assert isinstance(caught.value.__cause__, StoreFullError)
+    made.read_all([0, 1])
+    made.check_open(0, 2)
+    setattr(made.store, how, False)
+    made.open(3)
+    made.read_all([0, 1])
+    made.end()
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+def test_lost_cells_are_named_and_others_arrive(discrete: bool) -> None:
+    made = bench((0, 200), discrete=discrete)
+    assert made.store is not None
+    made.add(*range(6))
+    made.pager.pause(range(6))
+    made.settle()
+    cells = made.pager._places.cells
+    for layer, page in ((1, 2), (1, 3), (2, 3)):
+        cell = cells[layer][page]
+        assert isinstance(cell.run, FakeRun)
+        del cell.run.data[cell.at]
+    made.read(0, range(6))
+    for pages, lost in (([0, 1, 4, 5], []), ([2], [2]), ([0, 3], [3]), (list(range(6)), [2, 3])):
+        if lost:
+            with pytest.raises(PageLostError) as caught:
+                made.read(1, pages)
+            assert caught.value.cells == tuple((1, page) for page in lost)
+        else:
+            made.read(1, pages)
+    assert made.pager.usage().lost_cells == 2
+    made.free([2, 3])
+    made.add(2, 3)
+    made.read_all(range(6))
+    made.end()
+
+
+def test_broken_disk_is_an_error_each_time_until_it_is_mended() -> None:
+    made = bench((0, 200))
+    assert made.store is not None
+    made.add(*range(6))
+    made.pager.pause(range(6))
+    made.settle()
+    made.store.broken = True
+    for _ in range(3):
+        with pytest.raises(StoreError, match="broken"):
+            made.read_all(range(6))
+    made.store.broken = False
+    made.read_all(range(6))
+    made.end()
+
+
+def test_wrong_order_is_counted_and_read_right() -> None:
+    made = bench((0, 200), engine=CpuCopyEngine())
+    made.add(*range(6))
+    made.settle()
+    made.pager.expect([(layer, (0, 1, 2)) for layer in (2, 1, 0)])
+    for layer in made.layers:
+        made.read(layer, [5, 4, 3, 3, 5])
+    assert made.pager.usage().misses == 3
+    assert sum(isinstance(event, Missed) for event in made.events) == 3
+    made.end()
+
+
+def test_closed_page_is_read_until_it_was_unpacked_again() -> None:
+    for plain in (True, False):
+        made = bench((0, 200), plain=plain, frames=20)
+        made.add(*range(4))
+        made.pager.pause([1])
+        made.settle()
+        made.pager.reopen(1)
+        assert all(made.pager.is_open(layer, 1) for layer in made.layers)
+        for layer in made.layers:
+            made.read(layer, range(4))
+            made.write(layer, 1)
+            made.read(layer, range(4))
+            made.pager.reopened(layer, 1)
+            with pytest.raises(ValueError, match="no closed cell"):
+                made.read(layer, [1])
+        made.close(1)
+        made.read_all(range(4))
+        made.end()
+
+
+def test_waves_that_were_left_for_others_are_an_error_when_taken_up_again() -> None:
+    made = bench((0, 200))
+    made.add(*range(8))
+    made.pager.pause(range(8))
+    made.settle()
+    left = made.pager.waves(0, range(8))
+    next(left)
+    made.read(1, range(8))
+    with pytest.raises(RuntimeError, match="layer 0 was left"):
+        next(left)
+    made.read(0, range(8))
+    made.end()
+
+
+def test_misuse_is_an_error() -> None:
+    made = bench((0, 0))
+    made.open(0)
+    for use in (made.pager.frames, made.pager.close, made.pager.closed, made.pager.is_open):
+        for layer, page in ((0, 1), (7, 0)):
+            with pytest.raises(KeyError, match="was not opened"):
+                use(layer, page)
+    with pytest.raises(ValueError, match="call close first"):
+        made.pager.closed(0, 0)
+    with pytest.raises(ValueError, match="no closed cell"):
+        made.pager.waves(0, [0])
+    made.close(0)
+    with pytest.raises(ValueError, match="reopen it"):
+        made.pager.frames(0, 0)
+    with pytest.raises(ValueError, match="already"):
+        made.pager.close(0, 0)
+    made.pager.shut()
+    made.pager.shut()
+    for ask in (lambda: made.pager.waves(0, [0]), lambda: made.pager.open(1)):
+        with pytest.raises(SessionClosedError):
+            ask()
+
+
+def test_shut_ends_what_is_under_way() -> None:
+    for discrete in (True, False):
+        for seed in range(4):
+            made = bench((7, 200), seed, discrete=discrete, ring_slots=4)
+            made.add(*range(8))
+            made.pager.expect([(layer, tuple(range(8))) for layer in made.layers])
+            made.pager.pause(range(8))
+            made.end()
+
+
+@given(
+    standing=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    run_cells=st.integers(1, 4),
+    frames=st.integers(0, 40),
+)
+def test_room_is_made_in_whole_runs_from_those_that_have_most(standing: list[int], run_cells: int, frames: int) -> None:
+    descents = make_room(standing, run_cells, frames)
+    left = list(standing)
+    for descent in descents:
+        assert left[descent.layer] == max(left)
+        assert descent.count == min(run_cells, left[descent.layer])
+        left[descent.layer] -= descent.count
+    gone = sum(standing) - sum(left)
+    assert gone >= min(frames, sum(standing))
+    assert gone - (descents[-1].count if descents else 0) < max(frames, 1)
+
+
 class PagerMachine(RuleBasedStateMachine):
     """Pages of a few numbers are opened, written, closed, read, paused and freed in any order, while stores fail."""
 
@@ -62,7 +288,7 @@ class PagerMachine(RuleBasedStateMachine):
         run_cells=st.integers(1, 3),
         quota=st.integers(0, 3),
     )
-    def begin(self, seed: int, tiers: tuple[int, int], plain: bool, discrete: bool, **plan: int) -> None:
+    def begin(self, seed: int, tiers: tuple[int, int], plain: bool, discrete: bool, **plan: Any) -> None:
         if not sum(tiers):
             plan["ring_slots"] = 0
         self.bench = bench(tiers, seed, plain=plain, discrete=discrete, **plan)
@@ -172,8 +398,11 @@ class PagerMachine(RuleBasedStateMachine):
         assert self.bench.store is not None
         run = data.draw(st.sampled_from(self.bench.store.runs))
         if run.data and run.fence.done():
-            del run.data[data.draw(st.sampled_from(sorted(run.data)))]
-            self.lost |= set(self.closed)
+            self.bench.settle()
+            at = data.draw(st.sampled_from(sorted(run.data)))
+            del run.data[at]
+            cells = [cell for cells in self.bench.pager._places.cells for cell in cells.values()]
+            self.lost |= {cell.page for cell in cells if cell.run is run and cell.at == at}
 
     @invariant()
     def open_pages_are_what_was_written(self) -> None:

@@ -17,8 +17,10 @@ class Descent:
 
 
 def quota_now(plan: KindPlan, open_pages: int) -> int:
-    """Closed cells a layer that may stay in HBM while ``open_pages`` are open and one more comes."""
-    return max(0, plan.quota + (plan.open_pages - open_pages - 1) * plan.open.frames)
+    """Closed cells a layer that may stay in HBM while ``open_pages`` are open: more than the plan's quota while few
+    are, with room for one more, and fewer while more are than it was made for."""
+    spare, missing = plan.open_pages - open_pages - 1, open_pages - plan.open_pages
+    return max(0, plan.quota + (max(spare, 0) - max(missing, 0)) * plan.open.frames)
 
 
 def run_is_full(plan: KindPlan, open_pages: int, standing: int) -> bool:

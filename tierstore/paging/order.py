@@ -18,11 +18,10 @@ class VisitOrder:
 
     def set(self, items: Sequence[Item]) -> bool:
         """From now on ``items``, the first one next; False when that is what was expected already."""
-        if (self.cursor - self._origin) % max(len(self._items), 1) == 0 and self._items == items:
-            return False
+        same = (self.cursor - self._origin) % max(len(self._items), 1) == 0 and _equal(self._items, items)
         self._items = tuple(items)
         self._origin = self.cursor
-        return True
+        return not same
 
     @property
     def end(self) -> int:
@@ -56,3 +55,17 @@ class VisitOrder:
             if new < 0:
                 return
             yield new
+
+
+def _equal(some: Sequence[Item], others: Sequence[Item]) -> bool:
+    """``some == others``, without comparing long tuples again that many items share."""
+    known: tuple[object, object] = (None, None)
+    for (layer, pages), (other_layer, other_pages) in zip(some, others, strict=False):
+        if layer != other_layer:
+            return False
+        if pages is other_pages or (pages is known[0] and other_pages is known[1]):
+            continue
+        if pages != other_pages:
+            return False
+        known = pages, other_pages
+    return len(some) == len(others)

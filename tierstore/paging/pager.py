@@ -240,17 +240,20 @@ class Pager:
 
     def _make_room(self, frames: int, what: str) -> None:
         """Let cells go down until ``frames`` frames are free."""
-        hbm, spill = self._places.hbm, self._spill
+        hbm, spill, tried = self._places.hbm, self._spill, False
         spill.poll()
         while hbm.free < frames:
             standing = sum(len(cells) for cells in self._places.standing)
             within_reach = hbm.free + spill.under_way + standing >= frames
             started = within_reach and self._send_down(frames - hbm.free - spill.under_way)
-            if hbm.free < frames and not spill.wait() and not started:
+            if hbm.free >= frames or spill.wait() or started:
+                continue
+            if tried or spill.failure is None or not within_reach:
                 raise CapacityError(
                     f"{what} needs {frames} frames of {self._plan.frame_nbytes} bytes, {hbm.free} of {hbm.count} are "
                     "free and no cell can go down: end sequences, or raise Budget.kv_hbm or what is below it"
                 ) from spill.failure
+            tried, spill.failure = True, None  # a store that was full may have room by now
 
     def _send_down(self, frames: int) -> bool:
         started = False

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
 from tierstore.contracts import Buffer, CopyEngine, Fence
 from tierstore.errors import CapacityError, PageLostError, StoreError, TierstoreError
 from tierstore.events import Missed, Recorder, Stalled
+from tierstore.paging.groups import groups
 from tierstore.paging.order import Item, VisitOrder
-from tierstore.paging.places import NOWHERE, Cell, Places
+from tierstore.paging.places import Cell, Places
 from tierstore.paging.slots import Slots
 from tierstore.paging.waves import Splitter, Wave
 
@@ -26,29 +27,7 @@ class _Fetch:
     cells: tuple[Cell, ...]
     slot: int
     fence: Fence
-
-
-def groups(cells: Iterable[Cell], most: int) -> Iterator[tuple[Cell, ...]]:
-    """Cells that are fetched together, ``most`` at a time: those in RAM by themselves, runs of the store whole where
-    they fit."""
-    group: list[Cell] = []
-    runs: dict[int, list[Cell]] = {}
-    for cell in cells:
-        if cell.ram != NOWHERE:
-            group.append(cell)
-        else:
-            runs.setdefault(id(cell.run), []).append(cell)
-    for begin in range(0, len(group), most):
-        yield tuple(group[begin : begin + most])
-    group = []
-    for run in runs.values():
-        run.sort(key=lambda cell: cell.at)
-        if len(group) + len(run) > most:
-            yield tuple(group)
-            group = []
-        group += run
-    if group:
-        yield tuple(group)
+    after: tuple[Fence, ...]  # earlier users of the slot, which a fetch that failed may not have waited for
 
 
 class Ring:
@@ -84,7 +63,7 @@ class Ring:
         self._order = VisitOrder()
         self._queue: deque[_Fetch] = deque()
         self._held: list[_Fetch] = []  # what compute reads now
-        self._served: set[Cell] = set()  # what it has read in this visit
+        self._served: set[Cell] = set()  # what it has read in the visit under way, if that was expected
         self._planned = 0  # visits before this one are queued
         self._todo: deque[tuple[Cell, ...]] | None = None  # groups of the visit `_planned` that are not
         self._departures = 0
@@ -95,6 +74,7 @@ class Ring:
     def expect(self, items: Sequence[Item]) -> None:
         """From now on layers read ``items``, the first of them next."""
         if not self._order.set(items):
+            self.advance()
             return
         fetches, self._queue = self._queue, deque()
         visits = self._order.renumber((fetch.visit, fetch.cells[0].layer) for fetch in fetches)
@@ -155,7 +135,7 @@ class Ring:
                 self._todo = self._missing(self._planned)
             while self._todo:
                 try:
-                    if not self._start(self._planned, self._todo[0]):
+                    if not self._start(self._planned, self._todo[0], now=False):
                         return
                 except TierstoreError:  # whoever asks for these cells will be told
                     return
@@ -204,14 +184,15 @@ class Ring:
         streamed = self._splitter.split(*self._order.item(visit)).streamed
         return deque(groups((cell for cell in streamed if cell not in fetched), self._run_cells))
 
-    def _start(self, visit: int, group: Sequence[Cell]) -> bool:
-        """Fetch a group for a visit; False where only earlier or equal visits hold slots."""
+    def _start(self, visit: int, group: Sequence[Cell], *, now: bool) -> bool:
+        """Fetch a group for a visit; False where only earlier or equal visits hold slots, or, unless it is needed
+        ``now``, where the host would have to wait."""
         cells = tuple(cell for cell in group if cell.is_down and not cell.forgotten)
         if not cells:
             return True
-        taken = self._slots.take()
-        if taken is None and self._steal(visit):
-            taken = self._slots.take()
+        if not self._slots.free and not self._steal(visit):
+            return False
+        taken = self._take(now)
         if taken is None:
             return False
         slot, after = taken
@@ -219,13 +200,19 @@ class Ring:
         try:
             fence = self._up(cells, self._slots.buffer, offsets, after)
         except BaseException:
-            self._slots.give_back(slot, after[0] if after else None)
+            self._slots.give_back(slot, after)
             raise
         at = len(self._queue)
         while at and self._queue[at - 1].visit > visit:
             at -= 1
-        self._queue.insert(at, _Fetch(visit, cells, slot, fence))
+        self._queue.insert(at, _Fetch(visit, cells, slot, fence, after))
         return True
+
+    def _take(self, now: bool) -> tuple[int, tuple[Fence, ...]] | None:
+        if now or not self._engine.unified:
+            return self._slots.take()
+        slot = self._slots.take_idle()  # reads begin when they are asked for: the host would wait for the slot
+        return None if slot is None else (slot, ())
 
     def _steal(self, visit: int) -> bool:
         """Free the slot of what is read last, if that is after ``visit``."""
@@ -245,7 +232,7 @@ class Ring:
     def _fetch_more(self, visit: int, wanted: dict[Cell, None]) -> None:
         fetched = {cell for fetch in self._queue if fetch.visit == visit for cell in fetch.cells}
         for group in groups((cell for cell in wanted if cell not in fetched), self._run_cells):
-            if not self._start(visit, group):
+            if not self._start(visit, group, now=True):
                 return
 
     def _arrived(self, visit: int, wanted: dict[Cell, None]) -> Wave | None:
@@ -269,7 +256,8 @@ class Ring:
             start = fetch.slot * self._slots.nbytes
             for index, cell in cells:
                 del wanted[cell]
-                self._served.add(cell)
+                if visit == self._order.cursor:
+                    self._served.add(cell)
                 pages.append(cell.page)
                 offsets.append(start + index * self._frame_nbytes)
         return Wave(tuple(pages), self._slots.buffer, tuple(offsets)) if pages else None
@@ -302,12 +290,12 @@ class Ring:
             raise error
 
     def _drop(self, fetch: _Fetch) -> None:
-        self._slots.give_back(fetch.slot, fetch.fence)
+        self._slots.give_back(fetch.slot, (fetch.fence, *fetch.after))
 
     def _release(self) -> None:
         """Compute on what is held was issued."""
         if self._held:
             mark = self._engine.mark()
             for fetch in self._held:
-                self._slots.give_back(fetch.slot, mark)
+                self._slots.give_back(fetch.slot, (mark,))
             self._held.clear()

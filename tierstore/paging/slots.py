@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from threading import Condition
 from typing import cast
 
@@ -30,6 +31,11 @@ class Slots:
         start = slot * self.nbytes + at
         return cast(Buffer, self.buffer[start : start + nbytes])
 
+    def take_idle(self) -> int | None:
+        """A slot that can be written to at once, if there is one."""
+        with self._returned:
+            return self._idle()
+
     def take(self, *, block: bool = False) -> tuple[int, tuple[Fence, ...]] | None:
         """A slot, and what must be over before it is written to: one that is idle, else the first that will be.
 
@@ -39,17 +45,24 @@ class Slots:
                 if not block:
                     return None
                 self._returned.wait()
-            for _ in range(len(self._free)):
-                slot, fence = self._free[0]
-                if fence is None or fence.done():
-                    self._free.popleft()
-                    return slot, ()
-                self._free.rotate(-1)
+            idle = self._idle()
+            if idle is not None:
+                return idle, ()
             slot, fence = self._free.popleft()
             return slot, () if fence is None else (fence,)
 
-    def give_back(self, slot: int, fence: Fence | None) -> None:
-        """End the use of a slot; it can be written to once ``fence`` is over, well or not."""
+    def give_back(self, slot: int, fences: Sequence[Fence]) -> None:
+        """End the use of a slot; it can be written to once ``fences`` are over, well or not. Work that failed may not
+        have waited for what ``take`` named: name that again then."""
         with self._returned:
-            self._free.append((slot, None if fence is None else Over((fence,))))
+            self._free.append((slot, Over(tuple(fences)) if fences else None))
             self._returned.notify()
+
+    def _idle(self) -> int | None:
+        for _ in range(len(self._free)):
+            slot, fence = self._free[0]
+            if fence is None or fence.done():
+                self._free.popleft()
+                return slot
+            self._free.rotate(-1)
+        return None

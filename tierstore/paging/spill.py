@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from tierstore.contracts import Fence, PageRun
 from tierstore.errors import PageLostError, StoreError, StoreFullError, TierstoreError
 from tierstore.page_plan import KindPlan
+from tierstore.paging.groups import groups
 from tierstore.paging.places import NOWHERE, Cell, Places
-from tierstore.paging.ring import groups
 from tierstore.paging.transport import Transport
 
 

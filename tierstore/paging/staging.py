@@ -105,7 +105,7 @@ class StagedReads:
             bring.read = self._trips.begin(self._read(self._requests(bring)), "nvme->ram", self._nbytes(bring))
             self._reading.append(bring)
         except Exception as error:  # it comes out of the promise, and the thread goes on
-            self._slots.give_back(bring.slot, None)
+            self._slots.give_back(bring.slot, after)
             bring.promise.keep((), error)
 
     def _requests(self, bring: _Bring) -> list[CellRead]:
@@ -126,7 +126,7 @@ class StagedReads:
             bring.promise.keep((copied,))
         except Exception as error:  # it comes out of the promise, and the thread goes on
             bring.promise.keep(() if copied is None else (copied,), error)
-        self._slots.give_back(bring.slot, copied)
+        self._slots.give_back(bring.slot, () if copied is None else (copied,))
 
     def _copy(self, bring: _Bring) -> Fence:
         pairs, at = [], 0

@@ -103,16 +103,18 @@ class Transport:
         if taken is None:
             return None
         slot, after = taken
-        nbytes, end, gathered = len(cells) * self._frame_nbytes, None, Promise()
+        nbytes, gathered, both = len(cells) * self._frame_nbytes, Promise(), Promise()
         try:
             with self._file_turn:  # first, so that a store without room costs no copy
                 run = self._file.put(len(cells), self._bounce.part(slot, 0, nbytes), after=[gathered])
-            end = self._trips.begin(run.fence, "hbm->nvme", nbytes)
-            self._gather(cells, slot, after, gathered)
-        finally:
-            self._bounce.give_back(slot, end)
+        except BaseException:
+            self._bounce.give_back(slot, after)
+            raise
+        both.keep([gathered, self._trips.begin(run.fence, "hbm->nvme", nbytes)])  # a run may fail before it is there
+        self._bounce.give_back(slot, (both, *after))
+        self._gather(cells, slot, after, gathered)
         self.written_nbytes += nbytes
-        return run, end
+        return run, both
 
     def free(self, run: PageRun, at: int) -> None:
         """The store may forget a cell."""
