@@ -18,7 +18,7 @@ FLOORS = {
     2: "machine stores pools copies feeds formats kvformats",
     3: "prefetch paging",
     4: "binding hf",
-    5: "session offloading spilling loading composing feeding measuring runtime backends packing assembly "
+    5: "session generation offloading spilling loading composing feeding measuring runtime backends packing assembly "
     "calibrating cli cli_packed jobs report __init__",
     6: "testing",
 }

@@ -42,6 +42,7 @@ def load(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
+    kv_format: str | None = None,
     store: str | os.PathLike[str] | None = None,
     model_class: type | None = None,
     trust_remote_code: bool = False,
@@ -54,6 +55,10 @@ def load(
     permutation) are written, once, below ``store``. ``model_class`` replaces the class that the
     checkpoint's config names. Code from the checkpoint runs only with ``trust_remote_code``.
     ``backend`` replaces what is made for the device, for tests.
+
+    With ``Budget(kv_hbm=...)`` the model generates with a KV cache in pages, ``session.kv``. ``kv_format``
+    ("int8", "int4", "fp8", ...) is what full pages are kept in, None the model's own dtype. Pages on disk
+    are below ``store``, or else beside the checkpoint, while the session lasts.
 
     Raises ``PlanError`` with the smallest budget that would do, ``BudgetError``, ``CheckpointError``
     and ``StoreError``; nothing is left open then.
@@ -75,7 +80,8 @@ def load(
         undo.callback(checkpoint.store.close)
         session = _engage(checkpoint, budget, chosen)
         undo.pop_all()
-    return session
+    folder = checkpoint.path if store is None else Path(store)
+    return session.equip(budget, kv_format=kv_format, backend=chosen, folder=folder)
 
 
 def _opened(
@@ -136,8 +142,8 @@ def _engage(checkpoint: Checkpoint, budget: Budget, backend: Backend) -> Session
     )
     pinned = 0 if backend.engine.unified else plan.staging_nbytes
     check_room(
-        fixed + plan.resident_nbytes[Tier.HBM] + plan.ring_nbytes,
-        plan.resident_nbytes[Tier.RAM] + pinned,
+        fixed + plan.resident_nbytes[Tier.HBM] + plan.ring_nbytes + budget.kv_hbm,
+        plan.resident_nbytes[Tier.RAM] + pinned + budget.kv_ram,
         inspect_machine(),
         backend.device,
     )

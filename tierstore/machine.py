@@ -89,8 +89,13 @@ def check_budget(budget: Budget, machine: Machine, device: torch.device) -> None
     if on_gpu:
         gpu = _gpu_of(machine, device)
         total = gpu.total_nbytes if gpu is not None else 0
-        _refuse("Budget.hbm", budget.hbm, total, 0, f"all that {gpu.name if gpu is not None else device} has")
+        hbm = budget.hbm + budget.kv_hbm
+        names = "Budget.hbm and Budget.kv_hbm" if budget.kv_hbm else "Budget.hbm"
+        _refuse(names, hbm, total, 0, f"all that {gpu.name if gpu is not None else device} has")
     asked, names = (budget.ram, "Budget.ram") if on_gpu else (budget.hbm + budget.ram, "Budget.hbm and Budget.ram")
+    if budget.kv_hbm:
+        asked += budget.kv_ram + (0 if on_gpu else budget.kv_hbm)
+        names += " and those of the KV cache"
     cap = machine.cgroup_limit_nbytes
     if asked:
         most = machine.ram_nbytes if cap is None else min(cap, machine.ram_nbytes)

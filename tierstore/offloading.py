@@ -44,6 +44,7 @@ def offload(
     *,
     format: str | None = None,
     formats: Mapping[str, str] | None = None,
+    kv_format: str | None = None,
     store: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
     backend: Backend | None = None,
@@ -62,6 +63,9 @@ def offload(
     that; else it leaves the same parameters with the kept values, of which ``report()`` has a note. Packing
     needs memory for both.
 
+    A transformers decoder generates with a KV cache in pages where ``budget`` has ``kv_hbm`` for one; ``kv_format`` is
+    as in ``load``, and pages on disk need ``store``.
+
     Raises ``PlanError`` with the smallest budget that would do, ``BudgetError``, ``ModuleError`` for
     tensors without values and formats that cannot be, and ``StoreError`` for a store that cannot be used;
     the module is then untouched.
@@ -76,7 +80,8 @@ def offload(
     check_budget(budget, inspect_machine(), chosen.device)
     root = None if store is None else Path(store)
     if format is None and formats is None:
-        return _Offloading(module, budget, root, chosen).session()
+        session = _Offloading(module, budget, root, chosen).session()
+        return session.equip(budget, kv_format=kv_format, backend=chosen, folder=root)
     packed = PackedWeights(module, format, formats or {}, chosen.device, kept=root is not None)
     with ExitStack() as undo:
         undo.callback(packed.take_out, None)
@@ -84,7 +89,7 @@ def offload(
         session = _Offloading(module, budget, root, chosen, packed).session()
         undo.pop_all()
     packed.forget()
-    return session
+    return session.equip(budget, kv_format=kv_format, backend=chosen, folder=root)
 
 
 @dataclass(frozen=True)
@@ -163,11 +168,12 @@ class _Offloading:
     def _check_room(self, plan: Plan) -> None:
         """What compute reads in place is in memory already; the rest is taken before the module's own is freed."""
         if self._unified:
-            check_room(plan.ring_nbytes, 0, inspect_machine(), self._backend.device)
+            hbm, ram = plan.ring_nbytes, 0
         else:
             hbm = plan.resident_nbytes[Tier.HBM] + plan.ring_nbytes
             ram = plan.resident_nbytes[Tier.RAM] + plan.staging_nbytes
-            check_room(hbm, ram, inspect_machine(), self._backend.device)
+        kv = self._budget
+        check_room(hbm + kv.kv_hbm, ram + kv.kv_ram, inspect_machine(), self._backend.device)
 
     def _choose_moving(self) -> list[Span]:
         """All spans, but not those of buffers only, while these are small: they may be written at any time."""

@@ -7,20 +7,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from torch import nn
 
+from tierstore.backends import Backend
 from tierstore.binding.binder import Binder
 from tierstore.binding.passes import Passes
 from tierstore.binding.uninterrupted import Uninterrupted
-from tierstore.budget import Tier
+from tierstore.budget import Budget, Tier
 from tierstore.composing import TYPICAL_LINKS
+from tierstore.errors import BudgetError
+from tierstore.generation import Generation, make_generation
 from tierstore.plan import Links, Plan, remeasure
 from tierstore.report.report import Report
 from tierstore.report.tally import Tally
 from tierstore.runtime import Runtime
 from tierstore.tensors import Unit
+
+if TYPE_CHECKING:
+    from tierstore.hf.kv.cache import PagedCache
 
 
 class Engaged:
@@ -93,6 +99,7 @@ class Session:
 
     ``module`` is the module to run, ``plan`` where its weights are and what bounds its speed (with the
     rates measured while running, once there are any).
+    ``kv`` is its KV cache where the budget has bytes for one.
     ``checkpoint_path`` is the directory a loaded model came from, None for a module given in memory.
     """
 
@@ -110,6 +117,7 @@ class Session:
         checkpoint_path: Path | None = None,
     ) -> None:
         self.module = module
+        self._generation: Generation | None = None
         self._plan = plan
         self.checkpoint_path = checkpoint_path
         self._tally = tally
@@ -122,10 +130,32 @@ class Session:
         self._ended: float | None = None
         self._last_peaks: dict[str, int] = {}
 
+    def equip(self, budget: Budget, *, kv_format: str | None, backend: Backend, folder: Path | None) -> Self:
+        """Add what ``budget`` has for generation: a KV cache, and a bound on activations. Pages go below ``folder``.
+
+        Where that cannot be, the session is closed and the error raised."""
+        try:
+            self._generation = make_generation(
+                self.module, budget, kv_format=kv_format, backend=backend, recorder=self._tally, folder=folder
+            )
+        except BaseException:
+            self.close()
+            raise
+        return self
+
     @property
     def plan(self) -> Plan:
         """Where the weights are and what bounds the speed."""
         return self._engaged.measured_plan() if self._engaged is not None else self._plan
+
+    @property
+    def kv(self) -> PagedCache:
+        """The KV cache that the module generates with: a transformers ``Cache`` over pages.
+
+        Raises ``BudgetError`` where the budget gave it no bytes."""
+        if self._generation is None or self._generation.kv is None:
+            raise BudgetError("this session has no KV cache of its own: give it bytes with Budget(..., kv_hbm='4GiB')")
+        return self._generation.kv
 
     def report(self) -> Report:
         """What happened so far; also after ``close()``. Cheap enough to poll."""
@@ -134,7 +164,8 @@ class Session:
             resident_share=self._plan.share,
             passes=self._engaged.passes if self._engaged else 0,
             seconds=(self._ended or time.perf_counter()) - self._started,
-            notes=self._notes,
+            notes=self._notes if self._generation is None else (*self._notes, *self._generation.notes),
+            kv=None if self._generation is None else self._generation.report(),
         )
 
     def progress(self) -> tuple[int, int]:
@@ -160,7 +191,11 @@ class Session:
         self._ended = time.perf_counter()
         if self._engaged is not None:
             self._engaged.stop()
-        finish()
+        try:
+            if self._generation is not None:
+                self._generation.close()
+        finally:
+            finish()
 
     def __enter__(self) -> Self:
         return self

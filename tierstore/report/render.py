@@ -43,6 +43,8 @@ def _lines(report: Report) -> Iterator[str]:
     longest = ", ".join(f"{unit} {seconds:.3f} s" for unit, seconds in stalls[:_LONGEST_STALLS])
     yield f"compute waited {sum(report.stall_seconds.values()):.2f} s" + (f", most for {longest}" if longest else "")
     yield f"misses: {report.misses}"
+    if report.kv is not None:
+        yield from report.kv.lines()
     for note in report.notes:
         yield f"note: {note}"
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from tierstore.report.kv import KvReport
 from tierstore.report.render import as_text
 
 
@@ -36,7 +37,8 @@ class Report:
     how long compute waited for each unit that it waited for. ``misses`` counts uses that the order
     did not expect. ``resident_share`` is the part of the weights, 0 to 1, that never moves again.
     ``passes`` counts complete rounds over the units, ``seconds`` the wall time since the session
-    opened. ``notes`` are decisions worth knowing, such as a fallback and its reason.
+    opened. ``notes`` are decisions worth knowing, such as a fallback and its reason. ``kv`` is the KV cache,
+    None where the session has none; its bytes are not among those of ``peak_bytes`` and ``links``.
 
     ``str()`` gives a table for people, ``to_json()`` one line for programs.
     """
@@ -49,6 +51,7 @@ class Report:
     passes: int
     seconds: float
     notes: tuple[str, ...] = ()
+    kv: KvReport | None = None
 
     @property
     def bytes_moved(self) -> int:

@@ -8,6 +8,7 @@ from operator import itemgetter
 from threading import Lock
 
 from tierstore.events import Event, Missed, Moved, Stalled
+from tierstore.report.kv import KvReport
 from tierstore.report.report import LinkReport, Report
 
 _OPEN_SPANS = 64
@@ -110,6 +111,7 @@ class Tally:
         passes: int,
         seconds: float,
         notes: Sequence[str] = (),
+        kv: KvReport | None = None,
     ) -> Report:
         """The events so far, beside what only the session knows; fields as in ``Report``."""
         with self._lock:
@@ -126,4 +128,5 @@ class Tally:
                 passes=passes,
                 seconds=seconds,
                 notes=tuple(notes),
+                kv=kv,
             )
