@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -44,27 +45,29 @@ def decode(
     return attention(q, k, v, seen[:, None, None], scale=scale, softcap=softcap)
 
 
-def gather(buffer: Tensor, offsets: Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-    """Pieces of ``shape`` [tokens, heads, dim] at byte ``offsets`` [S, n] of ``buffer``: ``dtype`` [S, n * tokens,
-    heads, dim]."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    pieces = [buffer[at : at + nbytes].clone().view(dtype).view(shape) for at in offsets.flatten().tolist()]
-    tokens = offsets.shape[1] * shape[0]
-    if not pieces:
-        return torch.empty((offsets.shape[0], tokens, *shape[1:]), dtype=dtype, device=buffer.device)
-    return torch.stack(pieces).view(offsets.shape[0], tokens, *shape[1:])
+def gather(buffer: Tensor, offsets: Tensor, starts: Tensor, into: Tensor, piece_tokens: int) -> None:
+    """Reads what ``scatter`` wrote: token ``t`` of row ``r`` of ``into`` becomes position ``starts[r] + t``, and stays
+    as it is where there is none."""
+    for row, token, there in _places(buffer, offsets, starts, into, piece_tokens):
+        into[row, token] = there.clone().view(into.dtype).view(into.shape[2:])
 
 
 def scatter(states: Tensor, buffer: Tensor, offsets: Tensor, starts: Tensor, piece_tokens: int) -> None:
-    """Writes token ``t`` of row ``r`` of ``states`` [S, L, heads, dim] to position ``starts[r] + t``, where position
-    ``p`` is token ``p % piece_tokens`` of the piece at byte ``offsets[r, p // piece_tokens]`` of ``buffer``.
+    """Writes token ``t`` of row ``r`` of ``states`` [S, L, heads, dim] to position ``starts[r] + t``, int32 [S].
 
-    Positions before 0, and those from the end of the row's pieces on, are left out.
+    Position ``p`` is token ``p % piece_tokens`` of the piece [piece_tokens, heads, dim] at byte
+    ``offsets[r, p // piece_tokens]``, int64 [S, n], of ``buffer``, uint8. Others than these are left out.
     """
+    for row, token, there in _places(buffer, offsets, starts, states, piece_tokens):
+        there.copy_(states[row, token].contiguous().view(-1).view(torch.uint8))
+
+
+def _places(
+    buffer: Tensor, offsets: Tensor, starts: Tensor, states: Tensor, piece_tokens: int
+) -> Iterator[tuple[int, int, Tensor]]:
     nbytes = states.shape[2] * states.shape[3] * states.dtype.itemsize
     for row, (start, pieces) in enumerate(zip(starts.tolist(), offsets.tolist(), strict=True)):
         for token in range(states.shape[1]):
             piece, inside = divmod(start + token, piece_tokens)
             if 0 <= piece < len(pieces):
-                at = pieces[piece] + inside * nbytes
-                buffer[at : at + nbytes] = states[row, token].contiguous().view(-1).view(torch.uint8)
+                yield row, token, buffer[pieces[piece] + inside * nbytes :][:nbytes]

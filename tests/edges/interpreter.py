@@ -23,7 +23,7 @@ _BYTES_OF_LENGTH = 8
 
 
 class Interpreter:
-    """Calls ``matmul`` of kernels in a process where they are interpreted."""
+    """Calls functions of kernels in a process where they are interpreted."""
 
     def __init__(self) -> None:
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -33,12 +33,18 @@ class Interpreter:
 
     def matmul(self, operation: str, *arguments: Tensor | int) -> Tensor:
         """What ``kernels/<operation>/triton.py`` computes; strides and storage offsets are kept."""
+        found = self.call(f"{operation}.triton", "matmul", *arguments)
+        assert isinstance(found, Tensor)
+        return found
+
+    def call(self, module: str, function: str, *arguments: Any, **options: Any) -> Any:
+        """What a function of ``kernels/<module>`` returns; if it returns nothing, its arguments as it left them."""
         assert self._process.stdin
         assert self._process.stdout
-        _send(self._process.stdin, (operation, arguments))
+        _send(self._process.stdin, (module, function, arguments, options))
         found = _receive(self._process.stdout)
         assert found is not None, f"the interpreter's process ended with {self._process.wait()}"
-        assert isinstance(found, Tensor), found
+        assert not isinstance(found, str), found
         return found
 
     def close(self) -> None:
@@ -88,9 +94,10 @@ def main() -> None:
     torch.set_num_threads(1)
     _make_bfloat16_right()
     while (asked := _receive(sys.stdin.buffer)) is not None:
-        operation, arguments = asked
+        module, function, arguments, options = asked
         try:
-            answer = import_module(f"tierstore.kernels.{operation}.triton").matmul(*arguments)
+            answer = getattr(import_module(f"tierstore.kernels.{module}"), function)(*arguments, **options)
+            answer = arguments if answer is None else tuple(answer) if isinstance(answer, tuple) else answer
         except Exception as error:
             answer = f"{type(error).__name__}: {error}"
         _send(answers, answer)

@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
+from tests.edges.compiler import compiled
 from tests.edges.interpreter import Interpreter
 from tierstore.kernels.blocks import Blocks, blocks_of_rows, blocks_of_tiles
 
-triton = pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
+pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
 
 Matmul = Callable[..., Tensor]
 Parts = tuple[Tensor, ...]
@@ -254,22 +255,6 @@ def test_blocks_have_every_column_once_and_are_few(m: int, n: int, k: int, exact
         assert m == 1 or min(blocks.m, blocks.n, blocks.k) >= 16  # what tl.dot asks for
 
 
-class Card:
-    """Stands for Triton's driver where there is no card: kernels are compiled for one, and never launched."""
-
-    def __init__(self, capability: int) -> None:
-        self.target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 1000 + cast(int, self.target.arch)  # so that no real card is ever given one of these kernels
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 COMPILED = [("int4-g32", 16, NARROW, (128, 256), 80), ("fp4", 16, WIDE, (128, 256), 80)]
 COMPILED += [(name, m, HALF, (1, 1), 80) for name in ("int8", "fp4") for m in (1, 2)]
 COMPILED += [
@@ -290,16 +275,7 @@ def test_every_card_has_room(
     capability: int,
 ) -> None:
     """The whole compiler takes it, also with the sizes that it makes constants (1), and with those that 16 divides."""
-    made: list[Any] = []
-
-    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **more: Any) -> None:
-        made.append(run(kernel, *arguments, grid=grid, warmup=True, **more))
-
-    run = triton.runtime.jit.JITFunction.run
-    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", compile_only)
-    monkeypatch.setattr(triton.runtime.driver, "_active", Card(capability))
-    with triton.knobs.cache.scope():
-        triton.knobs.cache.dir = str(tmp_path)
+    with compiled(monkeypatch, tmp_path, capability) as made:
         case, (n, k) = CASES[name], weights
         parts = case.parts(n, k, Generator().manual_seed(0))
         on_a_card(case.operation, torch.zeros(m, k, dtype=dtype), *parts, n, *case.more)
