@@ -27,8 +27,8 @@ RING_NBYTES = 32 << 20
 SCRATCH_NBYTES = 32 << 20
 """Unpacked bytes that attention works on at once: more would not be faster."""
 
-OPEN_PAGES = 32
-"""Open pages that residents leave room for at most: how many a long prompt can write in one pass."""
+OPEN_PAGES = 64
+"""Open pages that residents make room for at most: how many a long prompt can write in one pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,9 @@ class KindPlan:
     Closed cells beyond ``quota`` a layer go to one of ``ram_frames`` frames in RAM, or to one of ``nvme_slots``
     on disk, in runs of ``run_cells``. What is not read in place passes through ``ring_slots`` runs in HBM, and on
     its way from or to the disk through ``staging_slots`` runs of pinned host memory (a ``unified`` device needs none).
-    ``open_pages`` can be open at once beside a full quota. ``pages`` is what a ``PageTable`` may number: so many
-    have room when one sequence is being written; each page that is open besides costs ``open.frames - 1`` more.
+    ``open_pages`` can be open at once beside a full quota, which may be exceeded while fewer are. ``pages`` is what a
+    ``PageTable`` may number: so many have room when one sequence is being written; each page that is open besides costs
+    ``open.frames - 1`` more.
     """
 
     kind: PageKind
@@ -160,7 +161,8 @@ class _Need:
     """What one kind cannot do without.
 
     ``spills``: cells leave HBM; ``streams``: they must come back to it; ``stages``: through pinned host memory.
-    ``spare`` frames a layer are for a packed cell beside the raw one that it is made from."""
+    ``spare`` frames a layer are for packed cells beside the raw ones that they are made from: one for each open page,
+    since the layers of a page close one after another."""
 
     kind: PageKind
     open: OpenLayout
@@ -170,7 +172,7 @@ class _Need:
 
     @property
     def spare(self) -> int:
-        return 0 if self.kind.plain else 1
+        return 0 if self.kind.plain else -(-self.kind.sequence_open_pages // len(self.kind.layers))
 
     def layer_frames(self, run_cells: int) -> int:
         """The fewest frames a layer: a sequence being written, and a run that waits to go down or is going."""
@@ -283,8 +285,11 @@ def _plan_kind(need: _Need, share: _Share, run_nbytes: int) -> KindPlan:
     ring_slots = max(2, room // slot_nbytes) if need.streams else 0
     frames = (share.hbm - ring_slots * slot_nbytes) // frame_nbytes
     layer_frames = frames // layers
-    open_pages = max(kind.sequence_open_pages, min(layer_frames // 8 // need.open.frames, OPEN_PAGES))
     kept = layer_frames - need.spare - (run_cells if need.spills else 0)
+    if need.spills or need.open.frames > 1:
+        open_pages = max(kind.sequence_open_pages, min(layer_frames // 4 // need.open.frames, OPEN_PAGES))
+    else:
+        open_pages = kept  # an open page takes no more than a closed one, and closed ones stay anyway
     below = ram_frames // layers + nvme_slots // run_cells // layers * run_cells
     return KindPlan(
         kind=kind,
