@@ -1,16 +1,28 @@
 """What a cell, one page of keys and values in one layer, holds in each format: packing and unpacking in plain torch.
 
-A cell is four parts, at the offsets that ``layout.py`` computes: codes of the keys, codes of the values, scales of the
-keys, scales of the values. H are the KV heads, T the tokens of a page, D the size of a head (Dk of keys, Dv of values).
-All numbers are little-endian; scales are bfloat16. Values are computed in float32, then rounded to the dtype asked for.
+H are the KV heads, T the tokens of a page, D the size of a head (Dk of keys, Dv of values). Keys and values are rotated
+(``rotation.py``) before they come here. The parts of a cell are at the offsets of ``layout.py``, in this order. All
+numbers are little-endian. ``value = code * scale`` or ``code * scale + zero`` in float32, then rounded to the dtype
+asked for: a product of a code and a scale is exact, so fused or not, multiply and add round once.
 
-int8: ``value = code * scale``.
-    key codes    int8 [H, T, Dk]
-    value codes  int8 [H, T, Dv]
-    key scales   bfloat16 [H, Dk]: of a channel, over the tokens of the page
-    value scales bfloat16 [H, T]: of a token, over the channels of the head
+int8, fp8: a scale for each token of a head.
+    key codes, value codes    [H, T, D]: int8 from -127 to 127; or float8_e4m3fn
+    key scales, value scales  bfloat16 [H, T]
 
-What is not finite makes its whole scale NaN: then all that this scale covers comes back as NaN, never as a number.
+int4, fp4, int2: a scale and a zero for each channel of a key head over the page, and for each token of a value head.
+    key codes, value codes    uint8 [H, T / c, D] of c codes each, 2 of 4 bits or 4 of 2 bits: bits [j b, j b + b) of
+                              byte [h, r, d] are token ``j * T / c + r``. int4 and int2: a number from 0 on. fp4: e2m1,
+                              a sign and the place in (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+    key scales                bfloat16 [H, 2, Dk]: of each channel, then the zero of each channel
+    value scales              bfloat16 [H, 2, T]: of each token, then the zero of each token
+    key first, value first    bfloat16 [H, D]: token 0 of the page, which comes back as these, whatever its codes say.
+                              Models lay much of their attention on the first token of a text (attention sinks, Xiao et
+                              al. 2023): its error alone is half of the whole; and it is far from the others, so it does
+                              not count for the scales of keys
+
+What is not finite, or too large for bfloat16, makes its scale NaN: then all that has this scale comes back as NaN, and
+never as a number. That is the token in its head, and for keys by channel the channels of the page in its head. Other
+heads and pages do not change.
 """
 
 from __future__ import annotations
@@ -18,19 +30,60 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tierstore.kernels.kv_pages.layout import CellLayout, lay_out
+from tierstore.kernels.kv_pages.codes import BYTES, CODES
+from tierstore.kernels.kv_pages.layout import BY_TOKEN, CODE_BITS, layout_of
 
-SCALE_NBYTES = 2
+KEY_AXIS, VALUE_AXIS = 2, 3
+"""Of [n, H, T, D]: what has a scale in common, where keys have it by channel."""
 
 
-def int8_layout(heads: int, tokens: int, key_dim: int, value_dim: int) -> CellLayout:
-    """Where the parts of an int8 cell are."""
-    return lay_out(
-        heads * tokens * key_dim,
-        heads * tokens * value_dim,
-        heads * key_dim * SCALE_NBYTES,
-        heads * tokens * SCALE_NBYTES,
-    )
+def pack(name: str, keys: Tensor, values: Tensor, cells: Tensor) -> None:
+    """Packs pages: ``keys`` [n, T, H, Dk] and ``values`` [n, T, H, Dv], rotated, to ``cells``, uint8 [n, nbytes]."""
+    _, tokens, heads, key_dim = keys.shape
+    at = layout_of(name, heads, tokens, key_dim, values.shape[3])
+    for states, axis, codes_at, scales_at, first_at in (
+        (keys, KEY_AXIS, at.key_codes, at.key_scales, at.key_first),
+        (values, VALUE_AXIS, at.value_codes, at.value_scales, at.value_first),
+    ):
+        wide = states.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        if name in BY_TOKEN:
+            codes, scales = BYTES[name].nearest(wide)
+        else:
+            _write(cells, first_at, wide[:, :, 0].bfloat16())
+            codes, scales = CODES[name].nearest(wide, axis)
+            codes = _fold(codes, CODE_BITS[name])
+        _write(cells, scales_at, scales)
+        _write(cells, codes_at, codes)
+
+
+def unpack(
+    name: str, cells: Tensor, heads: int, tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys [n, T, H, Dk] and values [n, T, H, Dv] of ``cells``, uint8 [n, at least nbytes]; still rotated.
+
+    Both are views of memory [H, n, T, D]: with the head in front, pages follow each other without a copy."""
+    at = layout_of(name, heads, tokens, key_dim, value_dim)
+    found = []
+    for dim, axis, codes_at, scales_at, first_at in (
+        (key_dim, KEY_AXIS, at.key_codes, at.key_scales, at.key_first),
+        (value_dim, VALUE_AXIS, at.value_codes, at.value_scales, at.value_first),
+    ):
+        out = torch.empty((heads, len(cells), tokens, dim), dtype=dtype, device=cells.device)
+        if name in BY_TOKEN:
+            code = BYTES[name]
+            codes = code.values(part(cells, codes_at, (heads, tokens, dim), code.dtype))
+            scales = part(cells, scales_at, (heads, tokens, 1), torch.bfloat16).float()
+            torch.mul(codes.transpose(0, 1), scales.transpose(0, 1), out=out)
+        else:
+            bits = CODE_BITS[name]
+            codes = part(cells, codes_at, (heads, tokens * bits // 8, dim), torch.uint8)
+            count = dim if axis == KEY_AXIS else tokens
+            pairs = part(cells, scales_at, (heads, 2, count), torch.bfloat16).transpose(0, 1).float()
+            scales, zeros = pairs.unsqueeze(axis + 1).unbind(2)
+            _spread(name, codes.transpose(0, 1), scales, zeros, out)
+            out[:, :, 0] = part(cells, first_at, (heads, dim), torch.bfloat16).transpose(0, 1)
+        found.append(out.permute(1, 2, 0, 3))
+    return found[0], found[1]
 
 
 def part(cells: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -39,41 +92,27 @@ def part(cells: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype)
     return cells[:, offset : offset + nbytes].view(dtype).view(-1, *shape)
 
 
-def pack_int8(keys: Tensor, values: Tensor, cells: Tensor) -> None:
-    """Packs ``keys`` [n, T, H, Dk] and ``values`` [n, T, H, Dv] into ``cells``, uint8 [n, nbytes]."""
-    _, tokens, heads, key_dim = keys.shape
-    value_dim = values.shape[3]
-    layout = int8_layout(heads, tokens, key_dim, value_dim)
-    for states, axis, codes_at, scales_at in (
-        (keys, 2, layout.key_codes, layout.key_scales),
-        (values, 3, layout.value_codes, layout.value_scales),
-    ):
-        wide = states.transpose(1, 2).float()
-        scales = wide.abs().amax(axis, keepdim=True).div_(127).to(torch.bfloat16)
-        scales = torch.where(scales.isfinite(), scales, torch.nan)
-        factors = torch.where(scales > 0, scales.float().reciprocal(), 0.0)
-        codes = (wide * factors).nan_to_num_(0.0).round_().clamp_(-127, 127)
-        part(cells, codes_at, tuple(codes.shape[1:]), torch.int8).copy_(codes)
-        flat = scales.squeeze(axis)
-        part(cells, scales_at, tuple(flat.shape[1:]), torch.bfloat16).copy_(flat)
+def _write(cells: Tensor, offset: int, what: Tensor) -> None:
+    part(cells, offset, tuple(what.shape[1:]), what.dtype).copy_(what)
 
 
-def unpack_int8(
-    cells: Tensor, heads: int, tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Keys [n, T, H, Dk] and values [n, T, H, Dv] of ``cells``, uint8 [n, at least nbytes].
+def _fold(codes: Tensor, bits: int) -> Tensor:
+    """Bytes [n, H, T / c, D] of ``codes`` uint8 [n, H, T, D]."""
+    pieces = codes.chunk(8 // bits, 2)
+    folded = pieces[0]
+    for number, piece in enumerate(pieces[1:], 1):
+        folded = folded | (piece << bits * number)
+    return folded
 
-    Both are views of memory [H, n, T, D]: with the head in front, pages follow each other without a copy."""
-    layout = int8_layout(heads, tokens, key_dim, value_dim)
-    found = []
-    for dim, per_token, codes_at, scales_at in (
-        (key_dim, False, layout.key_codes, layout.key_scales),
-        (value_dim, True, layout.value_codes, layout.value_scales),
-    ):
-        codes = part(cells, codes_at, (heads, tokens, dim), torch.int8)
-        scales = part(cells, scales_at, (heads, tokens if per_token else dim), torch.bfloat16)
-        scales = scales.unsqueeze(3 if per_token else 2)
-        out = torch.empty((heads, len(cells), tokens, dim), dtype=dtype, device=cells.device)
-        torch.mul(codes.transpose(0, 1), scales.transpose(0, 1).float(), out=out)
-        found.append(out.permute(1, 2, 0, 3))
-    return found[0], found[1]
+
+def _spread(name: str, folded: Tensor, scales: Tensor, zeros: Tensor, out: Tensor) -> None:
+    """Values of ``folded`` codes [H, n, T / c, D] to ``out`` [H, n, T, D]; scales and zeros [H, n, T or 1, D or 1]."""
+    bits = CODE_BITS[name]
+    pieces = out.chunk(8 // bits, 2)
+    by_token = scales.shape[2] > 1
+    for number, piece in enumerate(pieces):
+        codes = (folded >> bits * number) & (1 << bits) - 1
+        rows = slice(number * piece.shape[2], (number + 1) * piece.shape[2]) if by_token else slice(None)
+        wide = piece if piece.dtype == torch.float32 else torch.empty_like(piece, dtype=torch.float32)
+        torch.mul(CODES[name].values(codes), scales[:, :, rows], out=wide)
+        torch.add(wide, zeros[:, :, rows], out=piece)

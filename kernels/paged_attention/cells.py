@@ -12,13 +12,13 @@ what stands in a cell.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from tierstore.kernels.kv_pages.layout import CellLayout
-from tierstore.kernels.kv_pages.reference import int8_layout
+from tierstore.kernels.kv_pages.layout import CellLayout, layout_of
 
 
 @triton.jit
@@ -75,11 +75,11 @@ def int8_keys(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> tl.tensor:
-    """A scale for each channel."""
+    """A scale for each token."""
     key_codes, _, key_scales, _ = layout
     start = (cell + key_codes + head * (TOKENS * DIM)).to(tl.pointer_type(tl.int8), bitcast=True)
     codes = load_tile(start, DIM, first, TOKENS, DIM, BLOCK_T, BLOCK_D).to(tl.float32)
-    return codes * load_scales(cell + key_scales + head * (2 * DIM), 0, DIM, BLOCK_D)[None, :]
+    return codes * load_scales(cell + key_scales + head * (2 * TOKENS), first, TOKENS, BLOCK_T)[:, None]
 
 
 @triton.jit
@@ -113,4 +113,4 @@ class Cell(NamedTuple):
 
 RAW = Cell(lambda *_: CellLayout(0, 0, 0, 0, 0), raw_states, raw_states)
 """Keys and values each in a place of their own, as the model made them."""
-CELLS = {"int8": Cell(int8_layout, int8_keys, int8_values)}
+CELLS = {"int8": Cell(partial(layout_of, "int8"), int8_keys, int8_values)}

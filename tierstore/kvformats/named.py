@@ -6,11 +6,13 @@ import torch
 
 from tierstore.errors import ModuleError
 from tierstore.kvformats.format import KvFormat
-from tierstore.kvformats.int8 import Int8
+from tierstore.kvformats.packed import Packed
 from tierstore.kvformats.plain import Raw
 
 PLAIN = "plain"
-KV_FORMAT_NAMES = (PLAIN, "bf16", "int8")
+RECENT_TOKENS = {"fp8": 64, "int8": 64, "int4": 128, "fp4": 128, "int2": 128}
+"""Of each packed format, the newest tokens that stay unpacked."""
+KV_FORMAT_NAMES = (PLAIN, "bf16", *RECENT_TOKENS)
 """The names of all formats, in the order in which documents list them."""
 
 
@@ -19,11 +21,10 @@ def kv_format(name: str | None, dtype: torch.dtype) -> KvFormat:
 
     A format that keeps this dtype as it is says so by ``plain``. Raises ``ModuleError`` with the choices for any other
     name."""
-    match name:
-        case None | "plain":
-            return Raw(PLAIN, dtype, plain=True)
-        case "bf16":
-            return Raw("bf16", torch.bfloat16, plain=dtype == torch.bfloat16)
-        case "int8":
-            return Int8()
+    if name is None or name == PLAIN:
+        return Raw(PLAIN, dtype, plain=True)
+    if name == "bf16":
+        return Raw(name, torch.bfloat16, plain=dtype == torch.bfloat16)
+    if name in RECENT_TOKENS:
+        return Packed(name, RECENT_TOKENS[name])
     raise ModuleError(f"no KV format is called {name!r}: choose one of {', '.join(KV_FORMAT_NAMES)}")
