@@ -80,6 +80,23 @@ def test_smoke_run_of_accuracy(tmp_path: Path) -> None:
     assert said["goals"]["int4: relative error on normal weights"]
 
 
+def test_smoke_run_of_activations(tmp_path: Path) -> None:
+    out = tmp_path / "out.txt"
+    done = run("bench_activations.py", "--smoke", "--threads=1", "--bound=60MiB", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert out.read_text() == done.stdout
+    table, _, line = done.stdout.rstrip("\n").rpartition("\n\n")
+    said: dict[str, Any] = json.loads(line)
+    peaks = {way: [one["peak_nbytes"] for one in found.values()] for way, found in said["figures"].items()}
+    assert len(peaks) == 3
+    short, longer, longest = peaks["whole"]
+    assert longest == pytest.approx(2 * longer, rel=0.01) == pytest.approx(4 * short, rel=0.01)
+    assert all(f"{way}: peak at 2048 tokens" in table for way in peaks)
+    exact = [met for what, met in said["goals"].items() if "token equal" in what]
+    assert exact == [True, True]
+    assert all(met for what, met in said["goals"].items() if "highest peak" in what)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_checkpoint_is_what_transformers_reads(tmp_path: Path, dtype: str) -> None:
     from transformers import AutoModelForCausalLM
