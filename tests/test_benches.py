@@ -153,3 +153,15 @@ def test_without_memory_cgroups_a_cap_is_refused(tmp_path: Path, monkeypatch: py
     (tmp_path / f"tierstore-bench-{os.getpid()}").write_text("in the way")
     with pytest.raises(CapError, match=r"root.*--no-cap"), MemoryCap(1 << 30, found):
         pass
+
+
+def test_smoke_run_of_kv(tmp_path: Path) -> None:
+    done = run("bench_kv.py", "--smoke", "--threads=1", "--folder", tmp_path, "--out", tmp_path / "out.txt")
+    assert done.returncode == 0, done.stderr
+    table, _, line = done.stdout.rstrip("\n").rpartition("\n\n")
+    assert "wall / max(compute, transfer)" in table
+    figures: dict[str, Any] = json.loads(line)["figures"]
+    assert figures["kv"]["nvme_nbytes"] > 0.8 * figures["full_pages_nbytes"]
+    assert figures["read_nbytes_per_token"] > 0.8 * figures["full_pages_nbytes"]
+    assert figures["held_pages"]["4"] < 2 * figures["held_pages"]["1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.txt"]

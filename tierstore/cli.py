@@ -58,6 +58,11 @@ def generate(
     ram: Annotated[str, typer.Option(help="Pinned host memory, such as 48GiB.")] = "0",
     nvme: Annotated[str | None, typer.Option(help="The most to write below --store.")] = None,
     store: Annotated[Path | None, typer.Option(help="Where what must be converted is kept.")] = None,
+    kv_hbm: Annotated[str, typer.Option(help="A KV cache in pages: its bytes on the compute device.")] = "0",
+    kv_ram: Annotated[str, typer.Option(help="Pages of the KV cache in pinned host memory.")] = "0",
+    kv_nvme: Annotated[str, typer.Option(help="Pages of the KV cache on disk.")] = "0",
+    kv_format: Annotated[str | None, typer.Option(help="What full pages are kept in, such as int8.")] = None,
+    activations: Annotated[str | None, typer.Option(help="Bound on what a long prompt needs beside the rest.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
     device: Annotated[str | None, typer.Option(help="Where to compute, such as cuda:1 or cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the weights, such as bfloat16.")] = None,
@@ -68,7 +73,7 @@ def generate(
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that the checkpoint brings.")] = False,
 ) -> None:
     """Stream a checkpoint through the tiers and print what it says, then what moved."""
-    budget = Budget(hbm, ram, nvme)
+    budget = Budget(hbm, ram, nvme, kv_hbm=kv_hbm, kv_ram=kv_ram, kv_nvme=kv_nvme, activations=activations)
     with _Progress() as progress:
         import torch
 
@@ -80,6 +85,7 @@ def generate(
             budget,
             device=device,
             dtype=_torch_dtype(dtype),
+            kv_format=kv_format,
             store=store,
             trust_remote_code=trust_remote_code,
         )

@@ -1,0 +1,203 @@
+#!/usr/bin/env python
+"""Decodes with most of a KV cache on disk, and with all of it in memory; counts what beams and sequences share.
+
+The cache is filled with random keys and values, since what is measured is their way to attention: how near a token
+comes to the larger of its compute time and of the time that the disk needs for the bytes. The runs take turns. Prints a
+table and, last, one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark import disk
+from benchmark.command import publish, say
+from benchmark.machine import machine
+from benchmark.table import Row, as_text, at_most, goals_of
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tierstore
+from tierstore import Budget
+from tierstore.budget import format_nbytes
+
+WALL_GOAL = 1.10
+BEAM_GOAL = 1.2
+BELOW = 0.9
+"""The part of the KV cache that is not in HBM."""
+HEADS = 8
+STEPS, WARM = 8, 3
+
+
+class Bench:
+    """Takes the measurements in order and keeps them as rows for people and as figures for programs."""
+
+    def __init__(self, chosen: argparse.Namespace, folder: Path) -> None:
+        self.rows: list[Row] = []
+        self.figures: dict[str, Any] = {}
+        self._smoke: bool = chosen.smoke
+        self._folder = folder
+        self._format: str | None = chosen.format
+        self._tokens: int = 4096 if chosen.smoke else chosen.tokens
+        self._prompt = 256 if chosen.smoke else 4096
+        self._layers = 4 if chosen.smoke else 16
+        self._head_dim = 16 if chosen.smoke else 128
+        torch.set_num_threads(chosen.threads)
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=512,
+            hidden_size=128 if chosen.smoke else 1024,
+            intermediate_size=256 if chosen.smoke else 1024,
+            num_hidden_layers=self._layers,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
+            head_dim=self._head_dim,
+            max_position_embeddings=1 << 20,
+        )
+        model: Any = LlamaForCausalLM(config)
+        self._model: Any = model.to(torch.bfloat16).eval().requires_grad_(False)
+
+    def run(self) -> None:
+        """Everything, in order."""
+        raw = self._tokens * 2 * self._layers * HEADS * self._head_dim * 2
+        roomy = {"kv_hbm": 2 * raw + (64 << 20)}
+        say(f"a KV cache of {self._tokens} tokens")
+        with self._session(roomy) as session:
+            self._fill(session)
+            cells = session.report().kv.hbm_nbytes
+        tight = {"kv_hbm": int((1 - BELOW) * cells), "kv_nvme": 2 * cells}
+        compute, wall = [], []
+        for _ in range(1 if self._smoke else 3):
+            say("decode, all in memory")
+            compute += self._decode(roomy)["seconds"]
+            say(f"decode, {BELOW:.0%} on disk")
+            found = self._decode(tight)
+            wall += found["seconds"]
+        self.figures |= {"in memory": compute, "on disk": wall, "kv": found["kv"], "full_pages_nbytes": cells}
+        self._decode_rows(statistics.median(compute), statistics.median(wall), found["read_nbytes"])
+        self._sharing_rows()
+
+    @contextmanager
+    def _session(self, kv: dict[str, int]) -> Iterator[Any]:
+        budget = Budget("4GiB", **kv)
+        with tierstore.offload(
+            self._model, budget, kv_format=self._format, store=self._folder, device="cpu"
+        ) as session:
+            yield session
+
+    def _fill(self, session: Any) -> None:
+        left = self._tokens
+        while left:
+            count = min(left, session.kv.memory.columns_at_once(1))
+            shape = (1, HEADS, count, self._head_dim)
+            keys, values = (torch.randn(shape).to(torch.bfloat16) for _ in range(2))
+            for layer in range(self._layers):
+                session.kv.update(keys, values, layer)
+            session.kv.state.finish()
+            left -= count
+
+    def _decode(self, kv: dict[str, int]) -> dict[str, Any]:
+        """Seconds of each steady step, and what one of them read."""
+        with self._session(kv) as session, torch.no_grad():
+            self._fill(session)
+            token = torch.zeros((1, 1), dtype=torch.int64)
+            seconds, before = [], 0
+            for step in range(WARM + STEPS):
+                if step == WARM:
+                    before = session.report().kv.read_nbytes
+                start = time.perf_counter()
+                session.module(token, past_key_values=session.kv, use_cache=True)
+                seconds.append(time.perf_counter() - start)
+            said = session.report().kv
+        return {"seconds": seconds[WARM:], "kv": asdict(said), "read_nbytes": (said.read_nbytes - before) / STEPS}
+
+    def _decode_rows(self, compute: float, wall: float, read_nbytes: float) -> None:
+        rate = self._disk_rate()
+        transfer = read_nbytes / rate
+        self.figures |= {"disk_bytes_per_second": rate, "read_nbytes_per_token": read_nbytes}
+        self.rows += [
+            Row("decode, all in memory", f"{compute:.4f} s a token"),
+            Row(f"decode, {BELOW:.0%} on disk", f"{wall:.4f} s a token"),
+            Row("read from disk", f"{format_nbytes(read_nbytes)} a token"),
+            Row("disk", f"{format_nbytes(rate)}/s, {transfer:.4f} s for these bytes"),
+            at_most("wall / max(compute, transfer)", wall / max(compute, transfer), WALL_GOAL),
+        ]
+
+    def _disk_rate(self) -> float:
+        """What the disk gives at its best, on a file of its own."""
+        path = self._folder / "rate.bin"
+        size = (8 << 20) if self._smoke else (1 << 30)
+        with path.open("wb") as file:
+            for _ in range(size >> 20):
+                file.write(os.urandom(1 << 20))
+            os.fsync(file.fileno())
+        try:
+            if disk.has_fio() and not self._smoke:
+                return disk.fio_rate([path], disk.best_setting([path])[0])
+            return disk.reader_rate([path], 8)
+        finally:
+            path.unlink()
+
+    def _sharing_rows(self) -> None:
+        """Beams over one prompt, and sequences that end anywhere in a page."""
+        prompt = torch.randint(1, 500, (1, self._prompt))
+        kv = {"kv_hbm": 1 << 30}
+        held = {}
+        for beams in (1, 4):
+            say(f"{beams} beams over {self._prompt} tokens")
+            with self._session(kv) as session:
+                session.module.generate(
+                    prompt, attention_mask=torch.ones_like(prompt), num_beams=beams, max_new_tokens=16, do_sample=False
+                )
+                held[beams] = session.report().kv.held_pages
+        self.figures["held_pages"] = held
+        self.rows.append(at_most("pages of 4 beams / of 1 sequence", held[4] / held[1], BEAM_GOAL))
+        rows = torch.randint(1, 500, (8, 192))
+        mask = torch.ones_like(rows)
+        for row in range(8):
+            mask[row, : 13 * row] = 0  # padded on the left
+        with self._session(kv) as session:
+            session.module.generate(rows, attention_mask=mask, max_new_tokens=4, do_sample=False)
+            unused = session.report().kv.unused_tokens / 8
+        self.rows.append(at_most("unused tokens a sequence / page", unused / 64, 1.0))
+
+
+def arguments() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=16384, help="in the cache (default: 16384, 1 GiB in bfloat16)")
+    parser.add_argument("--format", help="what full pages are kept in (default: the model's own bfloat16)")
+    parser.add_argument("--folder", type=Path, help="a folder on the disk to measure (default: a temporary one)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch (default: every core)")
+    parser.add_argument("--out", type=Path, help="write table and JSON here too")
+    parser.add_argument("--smoke", action="store_true", help="a tiny cache, no fio: does it all run?")
+    return parser.parse_args()
+
+
+def main() -> int:
+    chosen = arguments()
+    with tempfile.TemporaryDirectory(prefix="tierstore-bench-", dir=chosen.folder) as folder:
+        bench = Bench(chosen, Path(folder))
+        bench.run()
+    said = {
+        "machine": machine(),
+        "threads": chosen.threads,
+        "goals": goals_of(bench.rows),
+        "figures": bench.figures,
+    }
+    publish(as_text(bench.rows), said, chosen.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
