@@ -50,14 +50,15 @@ class Cells:
 
     # ---- open cells
 
-    def write(self, frames: Sequence[Frames], pieces: Tensor, at: Tensor, keys: Tensor, values: Tensor) -> None:
+    def write(
+        self, frames: Sequence[Frames], pieces: Tensor | int, at: Tensor | int, keys: Tensor, values: Tensor
+    ) -> None:
         """Write tokens [m, heads, dim]: token i is at ``at[i]`` of piece ``pieces[i]`` of the open cells in ``frames``,
-        where the pieces of the first cell come first."""
+        where the pieces of the first cell come first. Of a single token they are numbers."""
         keys_in, values_in = self._frames_of(frames)
-        if len(pieces) == 1:
-            piece, token = int(pieces), int(at)
-            self.keys[keys_in[piece], token].copy_(keys[0])
-            self.values[values_in[piece], token].copy_(values[0])
+        if isinstance(pieces, int):
+            self.keys[keys_in[pieces], at].copy_(keys[0])
+            self.values[values_in[pieces], at].copy_(values[0])
             return
         key_frames = torch.tensor(keys_in, device=self.device)[pieces]
         value_frames = key_frames if values_in == keys_in else torch.tensor(values_in, device=self.device)[pieces]

@@ -79,6 +79,7 @@ class KindPass:
         self.slots = [
             [slot_of[page] for page in table[index:]] for table, index in zip(tables, self.first_index, strict=True)
         ]
+        self.straight = self._find_straight(rows)
         self.to_close = self._find_to_close(tables)
         self._to_blank = [page for page in self._blank if page in slot_of]
 
@@ -137,10 +138,14 @@ class KindPass:
         return torch.tensor(self.first_index, device=self.columns.device)[:, None]
 
     @cached_property
-    def _targets(self) -> tuple[list[int], Tensor, Tensor, Tensor | None, Tensor | None]:
+    def _targets(self) -> tuple[list[int], Tensor | int, Tensor | int, Tensor | None, Tensor | None]:
         """The pages that are written to; of each new token its piece in them, its place in that, its row and its
-        number; the last two are None when all tokens of all rows are written, in order."""
+        number; the last two are None when all tokens of all rows are written, in order. Numbers for a single token."""
         columns, count = self.columns, self.columns.stop - self.columns.start
+        piece = self.kind.cells.piece_tokens
+        if count == 1 == len(self.slots) and columns.stored is None:
+            token = (columns.stop - 1) % self.kind.table.page_tokens
+            return [(self.closed + self.unclosed)[self.slots[0][-1]]], token // piece, token % piece, None, None
         slots = self.slot_of[:, -count:]
         tokens = self.token_of[:, -count:].expand(slots.shape)
         leading = [r == leader for r, leader in enumerate(self._leaders)]
@@ -157,7 +162,6 @@ class KindPass:
         place = torch.zeros(max(len(names), 1), dtype=torch.long, device=columns.device)
         if used:
             place[used] = torch.arange(len(used), device=columns.device)
-        piece = self.kind.cells.piece_tokens
         parts = self.kind.table.page_tokens // piece
         pieces, at = place[slots] * parts + tokens // piece, tokens % piece
         return [names[slot] for slot in used], pieces, at, which[0], which[1]
@@ -177,6 +181,17 @@ class KindPass:
                     kind.open_again(run.page)
             if appended.runs and rows.rows[r].length % size and appended.runs[-1].at == 0:
                 self._blank.append(appended.runs[-1].page)
+
+    def _find_straight(self, rows: Rows) -> list[tuple[int, int, int]] | None:
+        """Of each row: how many columns from ``first`` on are before its tokens, the first position that is there, and
+        its length; None where columns behind tokens are not stored."""
+        found = []
+        for row, length in zip(rows.rows, self.columns.lengths, strict=True):
+            start = row.spans[0][0] if row.spans else self.columns.stop
+            if len(row.spans) > 1 or start + length != self.columns.stop:
+                return None
+            found.append((max(start - self.first, 0), row.before(self.first), length))
+        return found
 
     def _find_to_close(self, tables: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         recent, size = self.kind.cells.form.recent_tokens, self.kind.table.page_tokens

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from tierstore.hf.kv.gathering import States, blocks_of, copy_scattered
 from tierstore.hf.kv.passes import KindPass
 from tierstore.paging.waves import Wave
 
-States = tuple[Tensor, Tensor]
+Known = dict[int, tuple[Wave, list[int]]]
+"""Of each layer the last wave of pages in HBM, and their frames."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Source:
     take: Callable[[Sequence[int]], States]
     packed: bool = False
     whole: States | None = None
-    at: Tensor | None = None
+    at: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Group:
 class Reader:
     """Reads the pages of one kind in one pass. ``scratch`` are bytes on the device that attention works on."""
 
-    def __init__(self, passing: KindPass, known: dict[int, tuple[Wave, Tensor]]) -> None:
+    def __init__(self, passing: KindPass, known: Known) -> None:
         self._pass = passing
         self._kind = passing.kind
         self._known = known
@@ -81,26 +83,25 @@ class Reader:
         """Keys [B, heads, Lk, key_dim] and values of all columns from the first on, to ``into``, which is contiguous.
 
         What stands at columns that are not stored is some number."""
-        slot, token = self._pass.slot_of, self._pass.token_of
-        heads = torch.arange(into[0].shape[1], device=slot.device)
-        names = self._pass.closed + self._pass.unclosed
-        if not names:
-            for target in into:
+        straight = self._pass.straight
+        for target in into:
+            if straight is None or not self._pass.slots:
                 target.zero_()
-        for source in self.sources(layer):
-            (keys, values), at = (source.whole, source.at) if source.whole else (self._dense(source), None)
-            if source.pages == names:
-                where = (slot if at is None else at[slot])[:, None, :], token[:, None, :], heads[None, :, None]
-                for target, states in zip(into, (keys, values), strict=True):
-                    cast(Any, torch.ops.aten.index).Tensor_out(states, where, out=target)
                 continue
-            number = {page: i for i, page in enumerate(source.pages)}
-            place = torch.tensor([number.get(page, -1) for page in names], device=slot.device)[slot]
-            row, column = (place >= 0).nonzero(as_tuple=True)
-            place = place[row, column] if at is None else at[place[row, column]]
-            tokens = token.expand(slot.shape)[row, column]
-            for target, states in zip(into, (keys, values), strict=True):
-                target[row, :, column] = states[place, tokens]
+            for row, (pad, first, length) in enumerate(straight):
+                if pad or length <= first:
+                    target[row, :, : target.shape[2] - max(length - first, 0)].zero_()
+        for source in self.sources(layer):
+            states = source.whole or self._dense(source)
+            at = source.at if source.whole else [*range(len(source.pages))]
+            blocks = blocks_of(self._pass, source.pages)
+            if blocks is None:
+                copy_scattered(self._pass, source.pages, at, states, into)
+                continue
+            for block in blocks:
+                if source.whole:
+                    block = replace(block, picks=[at[pick] for pick in block.picks])
+                block.copy(states, into)
 
     def groups(self, layer: int, most: int) -> Iterator[Group]:
         """All pages by who reads them, at most ``most`` pages at a time."""
@@ -153,19 +154,18 @@ class Reader:
 
     def _in_region(self, layer: int, wave: Wave | None, frames: dict[int, tuple[int, ...]]) -> Source:
         """Plain pages in HBM, closed or open: one frame each, read where they are."""
-        cells, device = self._cells, self._cells.device
-        at = torch.tensor([frame for (frame,) in frames.values()], dtype=torch.long, device=device)
+        cells = self._cells
+        at = [frame for (frame,) in frames.values()]
         pages = tuple(frames)
         if wave is not None:
             known = self._known.get(layer)
             if known is None or known[0] is not wave:
-                numbers = torch.tensor([offset // cells.frame_nbytes for offset in wave.offsets], device=device)
-                known = self._known[layer] = (wave, numbers)
-            pages, at = wave.pages + pages, torch.cat([known[1], at])
-        number = {page: i for i, page in enumerate(pages)}
+                known = self._known[layer] = (wave, [offset // cells.frame_nbytes for offset in wave.offsets])
+            pages, at = wave.pages + pages, known[1] + at
+        number = dict(zip(pages, at, strict=True)).__getitem__
 
         def take(wanted: Sequence[int]) -> States:
-            which = at if tuple(wanted) == pages else at[[number[page] for page in wanted]]
+            which = torch.tensor(at if tuple(wanted) == pages else [*map(number, wanted)], device=cells.device)
             return cells.keys[which], cells.values[which]
 
         return Source(pages, take, whole=(cells.keys, cells.values), at=at)

@@ -12,16 +12,15 @@ from tierstore.errors import ModuleError
 from tierstore.hf.kv.kinds import KvKind
 from tierstore.hf.kv.memory import KvMemory
 from tierstore.hf.kv.passes import Columns, KindPass
-from tierstore.hf.kv.reading import Reader
+from tierstore.hf.kv.reading import Known, Reader
 from tierstore.hf.kv.rows import Rows
 from tierstore.hf.kv.states import LayerStates, PagedStates
-from tierstore.paging.waves import Wave
 
 
 class Passing:
     """A pass under way: what each kind does, and which layers have had their update."""
 
-    def __init__(self, columns: Columns, kinds: Sequence[KindPass], known: Sequence[dict[int, tuple[Wave, Tensor]]]):
+    def __init__(self, columns: Columns, kinds: Sequence[KindPass], known: Sequence[Known]):
         self.columns, self.kinds = columns, tuple(kinds)
         self.readers = tuple(Reader(kind, each) for kind, each in zip(kinds, known, strict=True))
         self.written: set[int] = set()
@@ -38,7 +37,7 @@ class CacheState:
         self.stored: Tensor | None = None  # bool [B, columns]; None when all columns of all rows are stored
         self.tokens: Tensor | None = None  # int64 [B, columns], as far as all are known
         self._announced: tuple[Tensor | None, Tensor | None] = (None, None)
-        self._known: tuple[dict[int, tuple[Wave, Tensor]], ...] = tuple({} for _ in memory.kinds)
+        self._known: tuple[Known, ...] = tuple({} for _ in memory.kinds)
 
     def columns_of(self, layer: int) -> int:
         """Columns that a layer has; in the middle of a pass layers differ."""
