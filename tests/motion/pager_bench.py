@@ -52,6 +52,78 @@ class Late:
                 self._error = error
 
 
+class Mark:
+    """A mark of ``Clocked``: it comes after all compute up to its ``time``."""
+
+    def __init__(self, fence: Fence, time: int) -> None:
+        self._fence = fence
+        self.time = time
+        self.waited = False
+
+    def done(self) -> bool:
+        self.waited = self.waited or self._fence.done()
+        return self.waited
+
+    def wait(self) -> None:
+        self._fence.wait()
+        self.waited = True
+
+    def gate(self) -> None:
+        self._fence.gate()
+
+
+class Clocked:
+    """``engine``, which also sees whether what moves bytes of ``region`` comes after the compute that used them.
+
+    Compute is what a test says with ``touch``. The adversary does not see that: it computes at once."""
+
+    def __init__(self, engine: CopyEngine, region: torch.Tensor, frame_nbytes: int) -> None:
+        self._engine = engine
+        self._region = region
+        self._frame_nbytes = frame_nbytes
+        self._time = 0
+        self._touched: dict[int, int] = {}
+        self._marks: list[Mark] = []
+        self._over = 0  # the host knows that compute up to this time is over
+        self.unified = engine.unified
+        self.faults: list[str] = []
+
+    def touch(self, frame: int) -> None:
+        self._time += 1
+        self._touched[frame] = self._time
+
+    def mark(self) -> Fence:
+        self._marks.append(Mark(self._engine.mark(), self._time))
+        return self._marks[-1]
+
+    def copy(self, pairs: Sequence[tuple[Buffer, Buffer]], *, after: Sequence[Fence] = ()) -> Fence:
+        times = [fence.time for fence in after if isinstance(fence, Mark)]
+        for pair in pairs:
+            for buffer in pair:
+                self._check(buffer, max(times, default=0), "copied")
+        return self._engine.copy(pairs, after=after)
+
+    def check_read(self, into: Buffer) -> None:
+        """The host reads into ``into`` at once."""
+        self._over = max([self._over, *(mark.time for mark in self._marks if mark.done())])
+        self._check(into, self._over, "read into")
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def check(self) -> None:
+        assert not self.faults, self.faults
+        if isinstance(self._engine, AdversaryEngine):
+            self._engine.check()
+
+    def _check(self, buffer: Buffer, time: int, how: str) -> None:
+        start = buffer.data_ptr() - self._region.data_ptr()
+        if 0 <= start < self._region.numel():
+            for frame in range(start // self._frame_nbytes, (start + buffer.numel()) // self._frame_nbytes):
+                if self._touched.get(frame, 0) > time:
+                    self.faults.append(f"frame {frame} is {how} before the compute that uses it is over")
+
+
 @dataclass(eq=False)
 class FakeRun:
     cells: int
@@ -63,7 +135,8 @@ class FakeRun:
 class FakeStore:
     """A page store in memory. ``full``: puts fail at once; ``failing``: later; ``broken``: reads fail."""
 
-    def __init__(self, cell_nbytes: int, capacity: int, random: Random) -> None:
+    def __init__(self, cell_nbytes: int, capacity: int, random: Random, engine: Clocked) -> None:
+        self.engine = engine
         self.cell_nbytes = cell_nbytes
         self.capacity = capacity
         self.capacity_nbytes = capacity * cell_nbytes
@@ -114,6 +187,7 @@ class FakeStore:
                 if run.freed.intersection(cells):
                     raise StoreError("a freed cell was asked for")
                 assert run.fence.done()
+                self.engine.check_read(request.into)
                 cast(torch.Tensor, request.into).fill_(GARBAGE)
             broken = self.broken
 
@@ -189,15 +263,18 @@ class PagerBench:
     def __init__(self, plan: KindPlan, seed: int, *, engine: CopyEngine | None = None, discrete: bool = True) -> None:
         self.plan = plan
         self.random = Random(seed)
-        self.engine = engine if engine is not None else AdversaryEngine(seed, discrete=discrete)
         self.events: list[Event] = []
         self.generator = torch.Generator().manual_seed(seed)
-        staged = not self.engine.unified and plan.nvme_slots > 0
         self.region = torch.full((plan.region_nbytes,), GARBAGE, dtype=torch.uint8)
+        inner = engine if engine is not None else AdversaryEngine(seed, discrete=discrete)
+        self.engine = Clocked(inner, self.region, plan.frame_nbytes)
+        staged = not self.engine.unified and plan.nvme_slots > 0
         self.ring = torch.full((plan.ring_nbytes,), GARBAGE, dtype=torch.uint8)
         self.ram = torch.full((plan.ram_nbytes,), GARBAGE, dtype=torch.uint8) if plan.ram_frames else None
         self.staging = torch.full((plan.staging_nbytes,), GARBAGE, dtype=torch.uint8) if staged else None
-        self.store = FakeStore(plan.frame_nbytes, plan.nvme_slots, self.random) if plan.nvme_slots else None
+        self.store = (
+            FakeStore(plan.frame_nbytes, plan.nvme_slots, self.random, self.engine) if plan.nvme_slots else None
+        )
         self.layers = plan.kind.layers
         self.pager = Pager(
             plan,
@@ -214,6 +291,8 @@ class PagerBench:
         self.raw: dict[tuple[int, int], torch.Tensor] = {}
 
     def frame(self, number: int) -> torch.Tensor:
+        """A frame, to be computed with."""
+        self.engine.touch(number)
         nbytes = self.plan.frame_nbytes
         return self.region[number * nbytes : (number + 1) * nbytes]
 
@@ -265,6 +344,8 @@ class PagerBench:
             waves += 1
             for page, offset in zip(wave.pages, wave.offsets, strict=True):
                 buffer = cast(torch.Tensor, wave.buffer)
+                if buffer is self.region:
+                    self.engine.touch(offset // self.plan.frame_nbytes)
                 assert torch.equal(buffer[offset : offset + self.plan.frame_nbytes], self.truth[layer, page])
             seen += wave.pages
         assert sorted(seen) == sorted(set(pages))
@@ -297,5 +378,4 @@ class PagerBench:
         assert self.pager._places.ram.free == (self.plan.ram_frames if self.ram is not None else 0)
         assert self.pager._ring._slots.free == self.plan.ring_slots
         assert self.store is None or not self.store.runs
-        if isinstance(self.engine, AdversaryEngine):
-            self.engine.check()
+        self.engine.check()

@@ -179,6 +179,21 @@ def test_broken_disk_is_an_error_each_time_until_it_is_mended() -> None:
     made.end()
 
 
+def test_frames_in_ram_are_written_anew_only_after_what_reads_them() -> None:
+    for seed in range(8):
+        made = bench((6, 0), seed, ring_slots=4)
+        made.add(0, 1)
+        made.pager.pause([0, 1])
+        made.settle()
+        made.pager.expect([(layer, (0, 1)) for layer in made.layers])
+        made.free([0, 1])
+        made.add(2, 3)
+        made.pager.pause([2, 3])
+        made.settle()
+        made.read_all([2, 3])
+        made.end()
+
+
 def test_wrong_order_is_counted_and_read_right() -> None:
     made = bench((0, 200), engine=CpuCopyEngine())
     made.add(*range(6))

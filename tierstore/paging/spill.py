@@ -158,8 +158,7 @@ class Spill:
                 cell.ram = move.ram[index]
             else:
                 cell.run, cell.at = move.run, index
-            if not cell.forgotten:
-                self._places.leave(cell)
+            self._places.leave(cell)
 
     def _fail_down(self, move: _Move, error: TierstoreError) -> None:
         self._places.ram.give_back(move.ram)
