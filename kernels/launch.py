@@ -16,7 +16,8 @@ from tierstore.kernels.blocks import Blocks
 NARROW = (torch.bfloat16, torch.float16)
 """What tensor cores multiply exactly and add in float32. All else is multiplied as float32."""
 _AT_ONCE = 1024
-_FUSED = {"enable_fp_fusion": True}  # a product and its sum in one instruction: from 3.10 on Triton does so when told
+FUSED = {"enable_fp_fusion": True}
+"""How every kernel is launched: a product and its sum in one instruction. From 3.10 on Triton does so when told."""
 
 
 @triton.jit
@@ -69,7 +70,7 @@ def launch(one_row: Any, many_rows: Any, x: Tensor, parts: Any, n: int, blocks: 
         x = x.contiguous()
     out = product if blocks.splits == 1 else x.new_empty((blocks.splits, m, n), dtype=torch.float32)
     grid = (blocks.programs(m, n), blocks.splits)
-    constants |= {"BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "num_warps": blocks.warps, **_FUSED}
+    constants |= {"BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "num_warps": blocks.warps, **FUSED}
     with cast(Any, torch.cuda).device_of(x):
         if m == 1:
             one_row[grid](x, parts, out, n, k, blocks.width, **constants)
@@ -77,5 +78,5 @@ def launch(one_row: Any, many_rows: Any, x: Tensor, parts: Any, n: int, blocks: 
             many_rows[grid](x, x.stride(0), parts, out, m, n, k, blocks.width, BLOCK_M=blocks.m, **constants)
         if out is not product:
             count = m * n
-            _add_splits[(triton.cdiv(count, _AT_ONCE),)](out, product, count, blocks.splits, _AT_ONCE, **_FUSED)
+            _add_splits[(triton.cdiv(count, _AT_ONCE),)](out, product, count, blocks.splits, _AT_ONCE, **FUSED)
     return product

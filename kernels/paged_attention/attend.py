@@ -7,6 +7,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tierstore.kernels.paged_attention.cells import load_states, tokens_of
+
+
+@triton.jit
+def _load_columns(
+    start: tl.tensor, places: tl.tensor, count: tl.tensor, DIM: tl.constexpr, BLOCK_D: tl.constexpr
+) -> tl.tensor:
+    """Rows ``places`` of a matrix [count, DIM] as columns: [BLOCK_D, places], 0 where it has none."""
+    dims = tl.arange(0, BLOCK_D)
+    mask = (places < count)[None, :] & (dims < DIM)[:, None]
+    return tl.load(start + places[None, :] * DIM + dims[:, None], mask=mask, other=0)
+
+
+@triton.jit
+def _store_part(
+    out: tl.tensor,
+    lse: tl.tensor,
+    places: tl.tensor,
+    count: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    sums: tl.tensor,
+    DIM: tl.constexpr,
+) -> None:
+    """``places`` of ``out`` [count, DIM] and ``lse`` [count], from ``sums`` [dims, places] of values whose weights, the
+    exponentials of what their scores are above ``top``, are ``total`` together."""
+    some, dims = total > 0, tl.arange(0, sums.shape[0])
+    divisor = tl.where(some, total, 1)
+    tl.store(lse + places, tl.where(some, top + tl.log(divisor), float("-inf")), mask=places < count)
+    mask = (places < count)[None, :] & (dims < DIM)[:, None]
+    tl.store(out + places[None, :] * DIM + dims[:, None], sums / divisor[None, :], mask=mask)
+
 
 @triton.jit
 def attend(
@@ -23,8 +55,9 @@ def attend(
     queries: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
-    KEYS: tl.constexpr,
-    VALUES: tl.constexpr,
+    BITS: tl.constexpr,
+    FLOAT: tl.constexpr,
+    ELEMENT: tl.constexpr,
     CAPPED: tl.constexpr,
     ALIGN: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -43,30 +76,31 @@ def attend(
     row, head = pair // heads, pair % heads
     places = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     start, stop = tl.load(spans + 2 * row), tl.load(spans + 2 * row + 1)
-    tiles: tl.constexpr = (TOKENS + BLOCK_T - 1) // BLOCK_T
+    fold: tl.constexpr = 8 // BITS if BITS else 1
+    rows: tl.constexpr = TOKENS // fold
+    step: tl.constexpr = BLOCK_T // fold
+    tiles: tl.constexpr = (rows + step - 1) // step
     first = tl.maximum(start, 0) // TOKENS * tiles
     last = tl.minimum(tl.cdiv(stop, TOKENS), pages) * tiles
     each = tl.cdiv(tl.maximum(last - first, 0), tl.num_programs(1))
     first += tl.program_id(1) * each
 
-    dims = tl.arange(0, BLOCK_K)
-    asked = tl.load(
-        q + (pair * queries + places[None, :]) * KEY_DIM + dims[:, None],
-        mask=(places < queries)[None, :] & (dims < KEY_DIM)[:, None],
-        other=0,
-    )
+    key_codes, value_codes, key_scales, value_scales, key_first, value_first = layout
+    asked = _load_columns(q + pair * queries * KEY_DIM, places, queries, KEY_DIM, BLOCK_K)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_V, BLOCK_M), tl.float32)
     for tile in range(first, tl.minimum(first + each, last)):
-        page, offset = tile // tiles, tile % tiles * BLOCK_T
+        page, start_row = tile // tiles, tile % tiles * step
         key_at = tl.load(key_offsets + row * pages + page) // ALIGN * ALIGN  # a product: the compiler forgets hints
         value_at = tl.load(value_offsets + row * pages + page) // ALIGN * ALIGN
-        tokens = offset + tl.arange(0, BLOCK_T)
+        tokens = tokens_of(start_row, rows, BLOCK_T, fold)
         seen = (tokens < TOKENS) & (page * TOKENS + tokens >= start) & (page * TOKENS + tokens < stop)
         element: tl.constexpr = q.dtype.element_ty
-        keys = KEYS(buffer + key_at, layout, head, heads, offset, element, TOKENS, KEY_DIM, BLOCK_T, BLOCK_K)
-        keys = keys.to(element)
+        keys = load_states(
+            *(buffer + key_at, key_codes, key_scales, key_first, head, heads, start_row, tokens, True),
+            *(BITS, FLOAT, ELEMENT, TOKENS, KEY_DIM, BLOCK_K),
+        ).to(element)
         if BLOCK_M == 1:
             scores = tl.sum(keys.to(tl.float32) * asked.to(tl.float32).trans(), axis=1)[:, None]
         else:
@@ -79,7 +113,10 @@ def attend(
         base = tl.where(highest == float("-inf"), 0, highest)
         weights, fade = tl.exp(scores - base[None, :]), tl.exp(top - base)
         total = total * fade + tl.sum(weights, axis=0)
-        values = VALUES(buffer + value_at, layout, head, heads, offset, element, TOKENS, VALUE_DIM, BLOCK_T, BLOCK_V)
+        values = load_states(
+            *(buffer + value_at, value_codes, value_scales, value_first, head, heads, start_row, tokens, False),
+            *(BITS, FLOAT, ELEMENT, TOKENS, VALUE_DIM, BLOCK_V),
+        )
         values = tl.where(seen[:, None], values, 0).to(element)  # what a page holds past its tokens may be anything
         if BLOCK_M == 1:
             sums = sums * fade[None, :] + tl.sum(values.to(tl.float32) * weights, axis=0)[:, None]
@@ -87,16 +124,8 @@ def attend(
             sums = tl.dot(values.trans(), weights.to(element), sums * fade[None, :], input_precision="ieee")
         top = highest
 
-    some = total > 0
-    base = tl.where(top == float("-inf"), 0, top)
-    where = (tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // blocks) + pair) * queries + places
-    tl.store(lse + where, tl.where(some, base + tl.log(tl.where(some, total, 1)), float("-inf")), mask=places < queries)
-    dims = tl.arange(0, BLOCK_V)
-    tl.store(
-        out + where[None, :] * VALUE_DIM + dims[:, None],
-        sums / tl.where(some, total, 1)[None, :],
-        mask=(places < queries)[None, :] & (dims < VALUE_DIM)[:, None],
-    )
+    first_query = (tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // blocks) + pair) * queries
+    _store_part(out + first_query * VALUE_DIM, lse + first_query, places, queries, top, total, sums, VALUE_DIM)
 
 
 @triton.jit

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tierstore.kernels.launch import FUSED
+
 _AT_ONCE = 1024
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -34,13 +36,14 @@ def _move(
     """One token of one row. ``states`` are whole numbers, whose bits are moved."""
     token, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     position = tl.load(starts + row) + token
-    inside = (position >= 0) & (position < pieces * TOKENS)
-    at = tl.load(offsets + row * pieces + position // TOKENS, mask=inside, other=0)
+    count = tl.where((position >= 0) & (position < pieces * TOKENS), HEADS * DIM, 0)
+    piece = tl.minimum(tl.maximum(position, 0) // TOKENS, pieces - 1)
+    at = tl.load(offsets + row * pieces + piece)
     page = (buffer + at).to(tl.pointer_type(states.dtype.element_ty), bitcast=True)
     page += position % TOKENS * (HEADS * DIM)
     for first in tl.static_range(0, HEADS * DIM, BLOCK):
         place = first + tl.arange(0, BLOCK)
-        mask = (place < HEADS * DIM) & inside
+        mask = place < count
         here = states + row * row_stride + token * token_stride + place // DIM * head_stride + place % DIM
         if WRITE:
             tl.store(page + place, tl.load(here, mask=mask), mask=mask)
@@ -77,4 +80,5 @@ def _launch(states: Tensor, buffer: Tensor, offsets: Tensor, starts: Tensor, pie
         _move[(tokens, rows)](
             *(bits, *bits.stride()[:3], buffer, offsets, starts, offsets.shape[1]),
             *(write, piece_tokens, heads, dim, min(_AT_ONCE, triton.next_power_of_2(heads * dim))),
+            **FUSED,
         )

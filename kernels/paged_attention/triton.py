@@ -11,12 +11,12 @@ from typing import Any, cast
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from tierstore.kernels.kv_pages.layout import CellLayout
-from tierstore.kernels.launch import NARROW
+from tierstore.kernels.kv_pages.layout import CODE_BITS, CellLayout, layout_of
+from tierstore.kernels.launch import FUSED, NARROW
 from tierstore.kernels.paged_attention.attend import attend, merge_splits
-from tierstore.kernels.paged_attention.cells import CELLS, RAW, Cell
 from tierstore.kernels.paged_attention.partial import Partial
 
 _ENOUGH = 1024
@@ -24,7 +24,7 @@ _ENOUGH = 1024
 _LEAST_TOKENS, _MOST_SPLITS = 256, 64
 """Of a split, and for a sequence: with fewer tokens, or more splits, to merge the splits would take as long."""
 _ALIGN = 16
-_OPTIONS = {"enable_fp_fusion": True}
+_ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def decode(
@@ -48,12 +48,12 @@ def decode(
     are rounded to the dtype of ``q`` as by ``unpack``; a format that keeps rotated ones is given rotated queries.
     Allocates the part, and one more for each split; launches on the current stream. Raises ``ValueError``.
     """
-    if kv_format not in CELLS:
-        raise ValueError(f"no packed page is of format {kv_format!r}: there are {', '.join(CELLS)}")
-    cell = CELLS[kv_format]
-    layout = cell.layout(heads, page_tokens, q.shape[3], value_dim)
+    if kv_format not in CODE_BITS:
+        raise ValueError(f"no packed page is of format {kv_format!r}: there are {', '.join(CODE_BITS)}")
+    layout = layout_of(kv_format, heads, page_tokens, q.shape[3], value_dim)
+    codes = {"BITS": CODE_BITS[kv_format], "FLOAT": kv_format.startswith("fp"), "ELEMENT": None, "ALIGN": _ALIGN}
     at = (offsets, offsets)
-    return _decode(q, buffer, at, spans, cell, layout, _ALIGN, heads, value_dim, page_tokens, scale, softcap)
+    return _decode(q, buffer, at, spans, layout, codes, heads, value_dim, page_tokens, scale, softcap)
 
 
 def decode_raw(
@@ -63,23 +63,24 @@ def decode_raw(
     value_offsets: Tensor,
     spans: Tensor,
     *,
+    dtype: torch.dtype,
     heads: int,
     value_dim: int,
     piece_tokens: int,
     scale: float,
     softcap: float | None = None,
 ) -> Partial:
-    """``decode`` over pieces of pages that are not packed, in the dtype of ``q``.
+    """``decode`` over pieces of pages that are not packed, in ``dtype``.
 
     The keys of row ``r`` are pieces [piece_tokens, heads, Dk] at byte ``key_offsets[r]``, its values pieces
     [piece_tokens, heads, value_dim] at byte ``value_offsets[r]``, int64 [S, n] both. They are multiples of 16, or of
     the dtype's size where the bytes of a token's keys, or values, are no multiple of 16.
     """
-    widths = (heads * q.shape[3] * q.dtype.itemsize, heads * value_dim * q.dtype.itemsize)
-    align = _ALIGN if all(width % _ALIGN == 0 for width in widths) else q.dtype.itemsize
-    at = (key_offsets, value_offsets)
-    layout = RAW.layout(heads, piece_tokens, q.shape[3], value_dim)
-    return _decode(q, buffer, at, spans, RAW, layout, align, heads, value_dim, piece_tokens, scale, softcap)
+    widths = (heads * q.shape[3] * dtype.itemsize, heads * value_dim * dtype.itemsize)
+    align = _ALIGN if all(width % _ALIGN == 0 for width in widths) else dtype.itemsize
+    codes = {"BITS": 0, "FLOAT": True, "ELEMENT": _ELEMENTS[dtype], "ALIGN": align}
+    at, layout = (key_offsets, value_offsets), CellLayout(0, 0, 0, 0, 0)
+    return _decode(q, buffer, at, spans, layout, codes, heads, value_dim, piece_tokens, scale, softcap)
 
 
 def _decode(
@@ -87,9 +88,8 @@ def _decode(
     buffer: Tensor,
     at: tuple[Tensor, Tensor],
     spans: Tensor,
-    cell: Cell,
     layout: CellLayout,
-    align: int,
+    codes: dict[str, Any],
     heads: int,
     value_dim: int,
     tokens: int,
@@ -108,20 +108,24 @@ def _decode(
     if out.numel() == 0:
         return Partial(whole.out, whole.lse.fill_(-torch.inf))
     folded = q.reshape(rows, heads, queries, key_dim).contiguous()
-    parts = (layout.key_codes, layout.value_codes, layout.key_scales, layout.value_scales)
-    sizes = {"TOKENS": tokens, "KEY_DIM": key_dim, "VALUE_DIM": value_dim, **blocks}
+    parts = (
+        *(layout.key_codes, layout.value_codes, layout.key_scales, layout.value_scales),
+        *(layout.key_first, layout.value_first),
+    )
+    sizes = {"TOKENS": tokens, "KEY_DIM": key_dim, "VALUE_DIM": value_dim, "CAPPED": softcap is not None}
     with cast(Any, torch.cuda).device_of(q):
         attend[(programs, splits)](
             *(folded, buffer, *at, spans, parts, out, lse, pages, heads, queries, scale, softcap or 0.0),
-            *(cell.keys, cell.values, softcap is not None, align),
+            **codes,
             **sizes,
-            **_OPTIONS,
+            **blocks,
+            **FUSED,
         )
         if splits > 1:
             whole = Partial(*(torch.empty_like(part) for part in whole))
             wide = blocks["BLOCK_V"]
             merge_splits[(whole.lse.numel(),)](
-                out, lse, *whole, splits, value_dim, triton.next_power_of_2(splits), wide, **_OPTIONS
+                out, lse, *whole, splits, value_dim, triton.next_power_of_2(splits), wide, **FUSED
             )
     return whole
 

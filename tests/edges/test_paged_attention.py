@@ -1,0 +1,335 @@
+"""Attention over pages, and their raw tokens, by Triton: interpreted, compiled for several cards, and run on one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Generator, Tensor
+
+from tests.edges.compiler import compiled
+from tests.edges.interpreter import Interpreter
+from tierstore.kernels.kv_pages import reference as kv_pages
+from tierstore.kernels.kv_pages.layout import CODE_BITS, layout_of
+from tierstore.kernels.paged_attention import reference
+from tierstore.kernels.paged_attention.partial import Partial
+
+pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
+
+Call = Callable[..., Any]
+NARROW, HALF, WIDE = torch.bfloat16, torch.float16, torch.float32
+TOLERANCE = {NARROW: 1e-2, HALF: 2e-3, WIDE: 1e-5}
+ALIGN = 64
+RAW = "raw"
+FORMATS = [RAW, *CODE_BITS]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of rows, query heads, heads of keys, queries, dims of keys and values, tokens of a page, and pages of a row."""
+
+    rows: int
+    query_heads: int
+    heads: int
+    queries: int
+    key_dim: int
+    value_dim: int
+    page_tokens: int
+    pages: int
+
+
+SHAPES = [
+    Shape(2, 4, 2, 1, 16, 16, 16, 3),
+    Shape(1, 2, 2, 1, 20, 8, 64, 2),  # odd heads, one query of each
+    Shape(3, 6, 1, 1, 5, 7, 8, 9),  # one head of keys
+    Shape(1, 2, 2, 1, 16, 16, 64, 9),  # pages are split, and merged
+    Shape(1, 4, 1, 20, 16, 24, 64, 8),  # more queries than a block has
+    Shape(1, 2, 1, 1, 300, 300, 64, 2),  # a page is more than a tile
+    Shape(2, 2, 1, 1, 16, 16, 12, 2),  # pages that are no power of two
+    Shape(2, 2, 1, 1, 16, 16, 16, 0),
+    Shape(0, 2, 1, 1, 16, 16, 16, 2),
+    Shape(1, 2, 1, 0, 16, 16, 16, 2),
+]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a decode is told, and what is right."""
+
+    function: str
+    arguments: tuple[Tensor, ...]
+    options: dict[str, Any]
+    exact: Partial
+
+    def check(self, call: Call) -> None:
+        dtype = self.arguments[0].dtype
+        found = call("paged_attention.triton", self.function, *self.arguments, **self.options)
+        for part, exact in zip(found, self.exact, strict=True):
+            assert part.dtype == WIDE
+            torch.testing.assert_close(part.double(), exact, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def up(count: int, step: int = ALIGN) -> int:
+    return -(-count // step) * step
+
+
+def spread(pieces: Tensor, generator: Generator, room: int) -> tuple[Tensor, Tensor]:
+    """Bytes ``pieces`` [n, nbytes] in any order, ``room`` apart, among others; and where each is."""
+    order = torch.randperm(len(pieces) + 2, generator=generator, device=pieces.device)
+    buffer = torch.full((len(order), room), 255, dtype=torch.uint8, device=pieces.device)
+    buffer[order[2:], : pieces.shape[1]] = pieces
+    return buffer.view(-1), order[2:] * room
+
+
+def as_bytes(states: Tensor) -> Tensor:
+    return states.contiguous().view(len(states), math.prod(states.shape[1:])).view(torch.uint8)
+
+
+def problem(
+    form: str, shape: Shape, dtype: torch.dtype, spans: Tensor, *, softcap: float | None = None, device: str = "cpu"
+) -> Problem:
+    """Random pages in any order, among bytes that are not a number; a row's last page has such ones behind its span."""
+    generator = Generator(device).manual_seed(shape.pages + shape.queries)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, device=device).to(dtype)
+
+    count = shape.rows * shape.pages
+    keys = normal(count, shape.page_tokens, shape.heads, shape.key_dim)
+    values = normal(count, shape.page_tokens, shape.heads, shape.value_dim)
+    q = normal(shape.rows, shape.queries, shape.query_heads, shape.key_dim).transpose(1, 2)
+    table = (shape.rows, shape.pages)
+    sizes: dict[str, Any] = {"heads": shape.heads, "value_dim": shape.value_dim, "scale": 0.4, "softcap": softcap}
+    if form == RAW:
+        stop = spans[:, 1].long()
+        tokens = torch.arange(shape.pages * shape.page_tokens, device=device).expand(shape.rows, -1)
+        behind = (tokens >= stop[:, None]).view(count, shape.page_tokens)
+        pieces = [as_bytes(part.masked_fill(behind[..., None, None], torch.nan)) for part in (keys, values)]
+        width = max(piece.shape[1] for piece in pieces)
+        padded = [torch.nn.functional.pad(piece, (0, width - piece.shape[1])) for piece in pieces]
+        buffer, places = spread(torch.cat(padded), generator, up(width))
+        function, options = "decode_raw", {"dtype": dtype, "piece_tokens": shape.page_tokens, **sizes}
+        offsets: tuple[Tensor, ...] = (places[:count].view(table), places[count:].view(table))
+    else:
+        dims = (shape.heads, shape.page_tokens, shape.key_dim, shape.value_dim)
+        layout = layout_of(form, *dims)
+        cells = torch.zeros(count, layout.nbytes, dtype=torch.uint8, device=device)
+        kv_pages.pack(form, keys, values, cells)
+        keys, values = kv_pages.unpack(form, cells, *dims, dtype)
+        buffer, places = spread(cells, generator, up(layout.nbytes))
+        function, options = "decode", {"page_tokens": shape.page_tokens, "kv_format": form, **sizes}
+        offsets = (places.view(table),)
+    keys, values = (
+        part.reshape(shape.rows, shape.pages * shape.page_tokens, *part.shape[2:]) for part in (keys, values)
+    )
+    exact = reference.decode(q, keys, values, spans[:, 0], spans[:, 1], scale=0.4, softcap=softcap)
+    return Problem(function, (q, buffer, *offsets, spans), options, exact)
+
+
+def some_spans(shape: Shape, device: str = "cpu") -> Tensor:
+    """The first row looks at all tokens, the second at none, the third not at the ends."""
+    every = shape.pages * shape.page_tokens
+    known = [(0, every), (every // 2, every // 2), (every // 3, every - 1)]
+    return torch.tensor(known[: shape.rows], dtype=torch.int32, device=device).view(shape.rows, 2)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Call]:
+    interpreter = Interpreter()
+    yield interpreter.call
+    interpreter.close()
+
+
+EVERY = [(form, shape) for form in (RAW, "int4") for shape in SHAPES] + [(RAW, Shape(2, 2, 2, 1, 16, 16, 1, 5))]
+SOME = [(form, SHAPES[i]) for form in ("int8", "fp8", "fp4", "int2") for i in (1, 2, 5)]
+
+
+@pytest.mark.parametrize(("form", "shape"), EVERY + SOME)
+def test_decode(interpreted: Call, form: str, shape: Shape) -> None:
+    dtype = (NARROW, HALF, WIDE)[(shape.pages + shape.key_dim) % 3]
+    problem(form, shape, dtype, some_spans(shape), softcap=2.0 if shape.rows == 2 else None).check(interpreted)
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    form=st.sampled_from(FORMATS),
+    shape=st.builds(
+        lambda heads, group, *sizes: Shape(1, heads * group, heads, *sizes),
+        *(st.integers(1, 3), st.integers(1, 4), st.sampled_from([1, 2, 17])),
+        *(st.integers(1, 40), st.integers(1, 40), st.sampled_from([8, 12, 16, 20, 36]), st.integers(1, 5)),
+    ),
+    dtype=st.sampled_from([NARROW, HALF, WIDE]),
+    span=st.tuples(st.integers(-3, 100), st.integers(-3, 120)),
+)
+def test_decode_of_any_shape(
+    interpreted: Call, form: str, shape: Shape, dtype: torch.dtype, span: tuple[int, int]
+) -> None:
+    """A span may begin before the first token, and end behind the last."""
+    problem(form, shape, dtype, torch.tensor([span], dtype=torch.int32)).check(interpreted)
+
+
+def test_a_page_outside_of_the_span_is_not_read(interpreted: Call) -> None:
+    """Its offset may be that of no page."""
+    shape = Shape(1, 2, 1, 1, 16, 16, 16, 4)
+    asked = problem("int8", shape, WIDE, torch.tensor([[16, 40]], dtype=torch.int32))
+    asked.arguments[2][0, 0] = asked.arguments[2][0, 3] = 1 << 50
+    asked.check(interpreted)
+
+
+@pytest.mark.parametrize(
+    ("change", "need"),
+    [
+        ({"q": torch.zeros(1, 3, 1, 16)}, "multiple of 2 heads"),
+        ({"q": torch.zeros(1, 2, 1, 16).double()}, "float64"),
+        ({"offsets": torch.zeros(1, 2)}, "int64"),
+        ({"offsets": torch.zeros(2, 2, dtype=torch.int64)}, r"int64 \[1, pages\]"),
+        ({"spans": torch.zeros(1, 2, dtype=torch.int64)}, "int32"),
+        ({"buffer": torch.zeros(64)}, "bytes in one dimension"),
+        ({"kv_format": "int3"}, "there are .*int8"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(change: dict[str, Any], need: str) -> None:
+    whole = {
+        "q": torch.zeros(1, 2, 1, 16),
+        "buffer": torch.zeros(4096, dtype=torch.uint8),
+        "offsets": torch.zeros(1, 2, dtype=torch.int64),
+        "spans": torch.zeros(1, 2, dtype=torch.int32),
+        "kv_format": "int8",
+    }
+    asked = whole | change
+    sizes: dict[str, Any] = {"heads": 2, "value_dim": 16, "page_tokens": 16, "scale": 1.0}
+    with pytest.raises(ValueError, match=need):
+        on_a_card("paged_attention.triton", "decode", **asked, **sizes)
+
+
+# ---- raw tokens
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A buffer with the pieces of each row, from which position a row begins, and how many tokens a piece has."""
+
+    buffer: Tensor
+    offsets: Tensor
+    starts: Tensor
+    piece_tokens: int
+
+
+def some_pieces(rows: int, pieces: int, tokens: int, width: int, size: int, starts: list[int], device: str) -> Pieces:
+    generator = Generator(device).manual_seed(rows)
+    noise = torch.randint(0, 255, (rows * pieces, tokens * width * size), generator=generator, device=device)
+    buffer, places = spread(noise.to(torch.uint8), generator, up(tokens * width * size))
+    begin = torch.tensor(starts, dtype=torch.int32, device=device)
+    return Pieces(buffer, places.view(rows, pieces), begin, tokens)
+
+
+def check_tokens(call: Call, heads: int, dim: int, dtype: torch.dtype, starts: list[int], device: str = "cpu") -> None:
+    """Written and read back, at any positions, into tensors that lie the other way round."""
+    rows, count = len(starts), 9
+    pieces = some_pieces(rows, 3, 4, heads * dim, dtype.itemsize, starts, device)
+    where = (pieces.offsets, pieces.starts)
+    generator = Generator(device).manual_seed(heads)
+    states = torch.randn(rows, heads, count, dim, generator=generator, device=device).to(dtype).transpose(1, 2)
+    wanted = pieces.buffer.clone()
+    reference.scatter(states, wanted, *where, pieces.piece_tokens)
+    result = call("paged_attention.raw", "scatter", states, pieces.buffer, *where, pieces.piece_tokens)
+    written = pieces.buffer if result is None else result[1]
+    assert torch.equal(written, wanted)
+    into = torch.zeros_like(states)
+    expected = into.clone()
+    reference.gather(wanted, *where, expected, pieces.piece_tokens)
+    result = call("paged_attention.raw", "gather", wanted, *where, into, pieces.piece_tokens)
+    read = into if result is None else result[3]
+    assert torch.equal(read, expected)
+    kept = (torch.arange(count, device=device) + pieces.starts[:, None] >= 0) & (
+        torch.arange(count, device=device) + pieces.starts[:, None] < 12
+    )
+    assert torch.equal(read[kept], states[kept])
+    assert not read[~kept].any()
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim", "dtype", "starts"),
+    [(1, 1, WIDE, [0]), (2, 16, NARROW, [0, 3]), (3, 5, HALF, [-4, 7, 12]), (1, 1500, NARROW, [-20, 2])],
+)
+def test_raw_tokens(interpreted: Call, heads: int, dim: int, dtype: torch.dtype, starts: list[int]) -> None:
+    check_tokens(interpreted, heads, dim, dtype, starts)
+
+
+# ---- cards
+
+
+def on_a_card(module: str, function: str, *arguments: Any, **options: Any) -> Any:
+    return getattr(import_module(f"tierstore.kernels.{module}"), function)(*arguments, **options)
+
+
+COMPILED = [
+    (RAW, 4, 1, 128, NARROW, 90),
+    (RAW, 4, 1, 80, WIDE, 86),
+    ("int8", 4, 8, 256, HALF, 90),
+    ("fp8", 1, 1, 128, NARROW, 80),
+    ("int4", 4, 1, 128, NARROW, 80),
+    ("int2", 4, 1, 80, HALF, 90),
+]
+
+
+@pytest.mark.parametrize(("form", "group", "queries", "dim", "dtype", "capability"), COMPILED)
+def test_every_card_has_room(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    form: str,
+    group: int,
+    queries: int,
+    dim: int,
+    dtype: torch.dtype,
+    capability: int,
+) -> None:
+    shape = Shape(1, group, 1, queries, dim, dim, 64, 9)
+    asked = problem(form, shape, dtype, some_spans(shape))
+    with compiled(monkeypatch, tmp_path, capability) as made:
+        on_a_card("paged_attention.triton", asked.function, *asked.arguments, **asked.options)
+    assert [kernel.metadata.name for kernel in made] == ["attend", "merge_splits"]
+    for kernel in made:
+        assert kernel.metadata.shared <= 96 << 10, "the least that a card has is 99 KiB"
+
+
+def test_raw_tokens_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pieces = some_pieces(1, 3, 4, 128, 2, [0], "cpu")
+    with compiled(monkeypatch, tmp_path, 80) as made:
+        for function in ("scatter", "gather"):
+            states = (torch.zeros(1, 5, 2, 64, dtype=NARROW),)
+            first, last = (states, ()) if function == "scatter" else ((), states)
+            arguments = (*first, pieces.buffer, pieces.offsets, pieces.starts, *last, 4)
+            on_a_card("paged_attention.raw", function, *arguments)
+    assert len(made) == 2
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", [NARROW, WIDE])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *SHAPES,
+        Shape(3, 32, 8, 1, 128, 128, 64, 20),
+        Shape(2, 8, 8, 1, 128, 128, 64, 200),
+        Shape(2, 16, 2, 9, 256, 256, 64, 40),
+        Shape(2, 6, 3, 2, 80, 96, 64, 40),
+    ],
+)
+def test_decode_on_the_card(form: str, shape: Shape, dtype: torch.dtype) -> None:
+    problem(form, shape, dtype, some_spans(shape, "cuda"), softcap=2.0, device="cuda").check(on_a_card)
+
+
+@pytest.mark.cuda
+def test_raw_tokens_on_the_card() -> None:
+    for heads, dim, dtype, starts in ((1, 1, WIDE, [0]), (8, 128, NARROW, [0, 3, -4]), (1, 1500, HALF, [-20, 2])):
+        check_tokens(on_a_card, heads, dim, dtype, starts, "cuda")
