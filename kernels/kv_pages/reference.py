@@ -30,7 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tierstore.kernels.kv_pages.codes import BYTES, CODES
+from tierstore.kernels.kv_pages.codes import BYTES, CODES, to_bfloat16
 from tierstore.kernels.kv_pages.layout import BY_TOKEN, CODE_BITS, layout_of
 
 KEY_AXIS, VALUE_AXIS = 2, 3
@@ -49,7 +49,7 @@ def pack(name: str, keys: Tensor, values: Tensor, cells: Tensor) -> None:
         if name in BY_TOKEN:
             codes, scales = BYTES[name].nearest(wide)
         else:
-            _write(cells, first_at, wide[:, :, 0].bfloat16())
+            _write(cells, first_at, to_bfloat16(wide[:, :, 0]))
             codes, scales = CODES[name].nearest(wide, axis)
             codes = _fold(codes, CODE_BITS[name])
         _write(cells, scales_at, scales)
