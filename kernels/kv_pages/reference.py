@@ -20,9 +20,9 @@ int4, fp4, int2: a scale and a zero for each channel of a key head over the page
                               al. 2023): its error alone is half of the whole; and it is far from the others, so it does
                               not count for the scales of keys
 
-What is not finite, or too large for bfloat16, makes its scale NaN: then all that has this scale comes back as NaN, and
-never as a number. That is the token in its head, and for keys by channel the channels of the page in its head. Other
-heads and pages do not change.
+What is not finite, or larger than about 2 ** 100, makes its scale NaN: then all that has this scale comes back as NaN,
+and never as a number. That is the token in its head, and for keys by channel the channels of the page in its head.
+Other heads and pages do not change.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def unpack(
         out = torch.empty((heads, len(cells), tokens, dim), dtype=dtype, device=cells.device)
         if name in BY_TOKEN:
             code = BYTES[name]
-            codes = code.values(part(cells, codes_at, (heads, tokens, dim), code.dtype))
-            scales = part(cells, scales_at, (heads, tokens, 1), torch.bfloat16).float()
-            torch.mul(codes.transpose(0, 1), scales.transpose(0, 1), out=out)
+            numbers, unit = code.values(part(cells, codes_at, (heads, tokens, dim), code.dtype))
+            scales = part(cells, scales_at, (heads, tokens, 1), torch.bfloat16).float() * unit
+            torch.mul(numbers.transpose(0, 1), scales.transpose(0, 1), out=out)
         else:
             bits = CODE_BITS[name]
             codes = part(cells, codes_at, (heads, tokens * bits // 8, dim), torch.uint8)
@@ -107,12 +107,13 @@ def _fold(codes: Tensor, bits: int) -> Tensor:
 
 def _spread(name: str, folded: Tensor, scales: Tensor, zeros: Tensor, out: Tensor) -> None:
     """Values of ``folded`` codes [H, n, T / c, D] to ``out`` [H, n, T, D]; scales and zeros [H, n, T or 1, D or 1]."""
-    bits = CODE_BITS[name]
-    pieces = out.chunk(8 // bits, 2)
+    height = folded.shape[2]
     by_token = scales.shape[2] > 1
-    for number, piece in enumerate(pieces):
-        codes = (folded >> bits * number) & (1 << bits) - 1
-        rows = slice(number * piece.shape[2], (number + 1) * piece.shape[2]) if by_token else slice(None)
-        wide = piece if piece.dtype == torch.float32 else torch.empty_like(piece, dtype=torch.float32)
-        torch.mul(CODES[name].values(codes), scales[:, :, rows], out=wide)
+    for number in range(8 // CODE_BITS[name]):
+        tokens = slice(number * height, (number + 1) * height)
+        rows = tokens if by_token else slice(None)
+        numbers, unit = CODES[name].values(folded, number)
+        piece = out[:, :, tokens]
+        wide = piece if out.dtype == torch.float32 else torch.empty_like(piece, dtype=torch.float32)
+        torch.mul(numbers, scales[:, :, rows] * unit, out=wide)
         torch.add(wide, zeros[:, :, rows], out=piece)

@@ -10,6 +10,7 @@ import triton.language as tl
 from tierstore.kernels.kv_pages import codes as reference
 
 TINY: tl.constexpr = tl.constexpr(reference.TINY)
+HUGE: tl.constexpr = tl.constexpr(reference.HUGE)
 NAN: tl.constexpr = tl.constexpr(0x7FC0)
 """The bits of bfloat16's NaN."""
 
@@ -29,9 +30,9 @@ def as_held(values: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def usable(values: tl.tensor, good: tl.tensor) -> tl.tuple:
-    """Scales as bfloat16 holds them, 0 where they are tiny, and which of them are finite."""
+    """Scales as bfloat16 holds them, 0 where they are tiny, and which of them are not huge."""
     held = as_held(values)
-    good = good & is_finite(values) & is_finite(held)
+    good = good & is_finite(values) & (held <= HUGE)
     return tl.where(held < TINY, 0.0, held), good
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +17,8 @@ from tierstore.kernels.kv_pages.layout import layout_of
 from tierstore.kernels.kv_pages.rotation import rotate
 from tierstore.kvformats.format import KvShape
 
-TOKENS_STEP = 4
-"""Pages have a multiple of so many tokens: of int2, a byte has 4."""
+LEAST_TOKENS = 8
+"""Of a page: of int2, a byte has 4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +31,33 @@ class Packed:
 
     def cell_nbytes(self, shape: KvShape, dtype: torch.dtype) -> int:
         tokens = shape.page_tokens
-        if tokens < 2 * TOKENS_STEP or tokens % TOKENS_STEP:
+        if tokens < LEAST_TOKENS or tokens & (tokens - 1):
             raise ModuleError(
-                f"pages of {tokens} tokens cannot be packed as {self.name}: page_tokens must be a multiple of "
-                f"{TOKENS_STEP}, from {2 * TOKENS_STEP} on"
+                f"pages of {tokens} tokens cannot be packed as {self.name}: page_tokens must be a power of two from "
+                f"{LEAST_TOKENS} on"
             )
         return layout_of(self.name, shape.heads, tokens, shape.key_dim, shape.value_dim).nbytes
 
     def pack(self, keys: Tensor, values: Tensor, into: Tensor) -> None:
-        reference.pack(self.name, rotate(keys), rotate(values), into)
+        _kernels(into).pack(self.name, rotate(keys), rotate(values), into)
 
     def unpack(self, cells: Tensor, shape: KvShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return reference.unpack(self.name, cells, shape.heads, shape.page_tokens, shape.key_dim, shape.value_dim, dtype)
+        sizes = (shape.heads, shape.page_tokens, shape.key_dim, shape.value_dim)
+        keys, values = _kernels(cells).unpack(self.name, cells, *sizes, dtype)
+        return keys, values
 
     def rotate_query(self, q: Tensor) -> Tensor:
         return rotate(q)
 
     def unrotate_output(self, out: Tensor) -> Tensor:
         return rotate(out)
+
+
+def _kernels(cells: Tensor) -> Any:
+    """Triton's where the cells are on a GPU and it is installed."""
+    return _triton() if cells.is_cuda else reference
+
+
+@cache
+def _triton() -> Any:
+    return import_module("tierstore.kernels.kv_pages.triton") if find_spec("triton") else reference
