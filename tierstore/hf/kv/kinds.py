@@ -35,6 +35,15 @@ class KvKind:
         """How many tokens a query sees; None is all."""
         return self.plan.kind.window
 
+    def columns_at_once(self, rows: int) -> int:
+        """How many columns one pass may add to each of ``rows`` rows, beside what is open already; at least 1."""
+        plan, size = self.plan, self.table.page_tokens
+        pages = (plan.open_pages - len(self.open)) // rows
+        if pages > 0:
+            return pages * size
+        most = plan.frames // (len(self.layers) * plan.open.frames)
+        return size if most >= plan.kind.sequence_open_pages * rows else 1
+
     def forget_freed(self) -> None:
         """Give back what held the bytes of pages that nobody holds any more."""
         freed = self.table.take_freed()

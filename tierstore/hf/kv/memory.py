@@ -97,11 +97,7 @@ class KvMemory:
 
     def columns_at_once(self, rows: int) -> int:
         """How many columns one pass may add to each of ``rows`` rows: their pages are open at the same time."""
-        return min(
-            max(kind.plan.open_pages // max(rows, 1) - kind.plan.kind.sequence_open_pages + 2, 1)
-            * kind.table.page_tokens
-            for kind in self.kinds
-        )
+        return min(kind.columns_at_once(max(rows, 1)) for kind in self.kinds)
 
     def begin(self) -> None:
         """Before each pass: take back what caches that are gone have left. Raises ``SessionClosedError``."""
