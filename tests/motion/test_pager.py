@@ -80,6 +80,21 @@ def test_every_streamed_cell_is_fetched_once_a_pass_and_none_is_missed(tiers: tu
     made.end()
 
 
+@pytest.mark.parametrize("tiers", [(0, 200), (200, 0)])
+def test_nothing_is_missed_while_a_sequence_grows_and_cells_leave(tiers: tuple[int, int]) -> None:
+    made = bench(tiers, ring_slots=6, frames=40, quota=5)
+    for page in range(12):
+        made.add(page)
+        made.read_all(range(page + 1))
+        made.read_all(range(page + 1))
+    made.pager.pause([0])
+    made.settle()
+    made.read_all(range(12))
+    made.read_all(range(12))
+    assert made.pager.usage().misses == 0
+    made.end()
+
+
 def test_cells_are_written_down_at_most_once_in_whole_runs() -> None:
     made = bench((0, 200), engine=CpuCopyEngine(), frames=40, run_cells=3)
     assert made.store is not None
@@ -226,6 +241,41 @@ def test_closed_page_is_read_until_it_was_unpacked_again() -> None:
         made.end()
 
 
+@pytest.mark.parametrize("tiers", [(30, 0), (0, 200)])
+def test_page_is_reopened_while_it_goes_down(tiers: tuple[int, int]) -> None:
+    for plain in (True, False):
+        for seed in range(4):
+            made = bench(tiers, seed, plain=plain, frames=24)
+            made.add(0, 1)
+            made.pager.pause([0])
+            made.pager.reopen(0)
+            for layer in made.layers:
+                made.read(layer, [1, 0])
+                made.write(layer, 0)
+                made.pager.reopened(layer, 0)
+            made.settle()
+            made.close(0)
+            made.read_all([0, 1])
+            made.end()
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+@pytest.mark.parametrize("tiers", [(30, 0), (0, 200)])
+def test_cells_come_back_to_frames_that_compute_has_just_used(tiers: tuple[int, int], discrete: bool) -> None:
+    made = bench(tiers, discrete=discrete, frames=14)
+    made.add(0)
+    made.pager.pause([0])
+    made.settle()
+    made.add(1)
+    made.read_all([0, 1])
+    made.free([1])
+    made.pager.resume([0])
+    made.settle()
+    assert made.pager.usage().hbm_cells == 3
+    made.read_all([0])
+    made.end()
+
+
 def test_waves_that_were_left_for_others_are_an_error_when_taken_up_again() -> None:
     made = bench((0, 200))
     made.add(*range(8))
@@ -256,6 +306,11 @@ def test_misuse_is_an_error() -> None:
         made.pager.frames(0, 0)
     with pytest.raises(ValueError, match="already"):
         made.pager.close(0, 0)
+    made.read(0, [0])
+    made.free([0])
+    made.free([0])
+    with pytest.raises(ValueError, match="no closed cell"):
+        made.pager.waves(0, [0])
     made.pager.shut()
     made.pager.shut()
     for ask in (lambda: made.pager.waves(0, [0]), lambda: made.pager.open(1)):
@@ -412,8 +467,8 @@ class PagerMachine(RuleBasedStateMachine):
     def lose(self, data: st.DataObject) -> None:
         assert self.bench.store is not None
         run = data.draw(st.sampled_from(self.bench.store.runs))
-        if run.data and run.fence.done():
-            self.bench.settle()
+        self.bench.settle()
+        if run.data:
             at = data.draw(st.sampled_from(sorted(run.data)))
             del run.data[at]
             cells = [cell for cells in self.bench.pager._places.cells for cell in cells.values()]

@@ -104,7 +104,7 @@ class Pager:
             raise ValueError(f"page {page} is not being closed in layer {layer}: call close first")
         self.reopened(layer, page)
         self._places.close(cell, cell.frame)
-        self._spill.poll()
+        self._spill.poll(but=cell.layer)
         is_open = self._places.open_cells
         if run_is_full(self._plan, len(is_open), len(self._places.standing[cell.layer])):
             self._spill.down(self._places.last_standing(cell.layer, self._plan.run_cells))
@@ -140,6 +140,7 @@ class Pager:
 
     def expect(self, order: Sequence[tuple[int, tuple[int, ...]]]) -> None:
         """Which ``(layer, pages)`` compute reads from now on, in order, over and over."""
+        self._spill.poll()
         self._ring.expect(tuple((self._index[layer], tuple(pages)) for layer, pages in order))
 
     def waves(self, layer: int, pages: Sequence[int]) -> Iterator[Wave]:
@@ -149,7 +150,7 @@ class Pager:
         with ``(layer, page)`` of cells that cannot be brought back, ``ValueError`` for pages without a closed cell.
         """
         self._check_open()
-        self._spill.poll()
+        self._spill.poll(but=self._index.get(layer, NOWHERE))
         split = self._split(layer, pages)
         if split.streamed:
             return self._stream(layer, split)

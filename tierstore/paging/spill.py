@@ -74,10 +74,10 @@ class Spill:
             self._begin(_Move(group, fence, hbm=frames))
         return len(coming)
 
-    def poll(self) -> None:
-        """Note what is over."""
+    def poll(self, *, but: int = NOWHERE) -> None:
+        """Note what is over, except in layer ``but``: its cells are read next, where they are, not fetched."""
         if self._moves:
-            for move in [move for move in self._moves if move.fence.done()]:
+            for move in [move for move in self._moves if move.cells[0].layer != but and move.fence.done()]:
                 self._end(move)
 
     def wait(self) -> bool:
