@@ -179,22 +179,23 @@ class KvGeneration:
         raise AssertionError("the last try returns or raises")
 
     def _again(self, go_on: GoOn, call: Call, error: PageLostError) -> bool:
-        """Whether the tokens of lost pages were known, and went through the model again."""
-        state = call.state
-        self.memory.lost(error.cells)
-        known = state.rewind(error.cells)
-        if known is None:
+        """Whether the tokens of lost pages were known, and all that was there until now is there again."""
+        state, lost = call.state, error.cells
+        tokens, stored = state.tokens, state.stored
+        columns = state.rows.columns
+        if tokens is None or tokens.shape[1] < columns:
             return False
-        tokens, stored, start = known
-        if start < tokens.shape[1]:
-            again = call.of_tokens(tokens, stored, start)
-            most = self.memory.columns_at_once(len(tokens))
-            for part in again.parts(most):
-                try:
+        for _ in range(_TRIES):
+            state.rewind(lost)
+            lost = ()
+            again = call.of_tokens(tokens, stored, state.rows.columns)
+            try:
+                for part in again.parts(self.memory.columns_at_once(len(tokens))) if again.length else ():
                     go_on(part)
-                except PageLostError as other:
-                    return self._again(go_on, call, other)
-        return True
+                return True
+            except PageLostError as other:
+                lost = other.cells
+        return False
 
     def _in_chunks(self, go_on: GoOn, call: Call) -> Any:
         """A pass writes to pages that are all open at the same time; a longer input goes in several."""
@@ -232,7 +233,13 @@ class KvGeneration:
         if not standard_positions(call):
             return go_on(call)
         shared = call.state.share(call.tokens, call.mask, call.length - keep)
-        return go_on(call.part(shared, call.length)) if shared else go_on(call)
+        if not shared:
+            return go_on(call)
+        try:
+            return go_on(call.part(shared, call.length))
+        except BaseException:
+            call.state.clear()
+            raise
 
     @contextmanager
     def _attending(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,11 +115,6 @@ class KvMemory:
     def drop(self, rows: Rows) -> None:
         """The cache of ``rows`` is gone; from any thread, at any time."""
         self._dropped.append(rows)
-
-    def lost(self, cells: Iterable[tuple[int, int]]) -> None:
-        """Never find the pages of lost cells ``(layer, page)`` by content again."""
-        for layer, page in cells:
-            self.kinds[self.kind_of[layer]].table.forget(page)
 
     def usage(self) -> KvUsage:
         """What is stored where."""

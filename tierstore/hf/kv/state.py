@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -160,28 +160,21 @@ class CacheState:
             mine = tokens[r] if self.stored is None else tokens[r][self.stored[r].to(tokens.device)]
             self.rows.seal(r, mine.tolist())
 
-    def rewind(self, lost: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | None, int] | None:
-        """Crop to before the first of the ``lost`` cells ``(layer, page)``, or to where windows can go on from.
-
-        Returns the tokens [B, columns] that there were, which of them are stored, and how many columns are left; None,
-        with nothing changed, where tokens are not known."""
-        columns = self.rows.columns
-        if self.tokens is None or self.tokens.shape[1] < columns or not columns:
-            return None
-        tokens, stored = self.tokens, self.stored
-        first = columns
+    def rewind(self, lost: Iterable[tuple[int, int]]) -> None:
+        """Crop to before the first of the ``lost`` cells ``(layer, page)``, or to where windows can go on from."""
+        first = self.rows.columns
         for layer, page in lost:
             number = self.memory.kind_of[layer]
-            size = self.memory.kinds[number].table.page_tokens
+            table = self.memory.kinds[number].table
+            table.forget(page)
             for r, row in enumerate(self.rows.rows):
                 pages = self.rows.pages(r, number)
                 if page in pages:
-                    first = min(first, row.column(pages.index(page) * size))
+                    first = min(first, row.column(pages.index(page) * table.page_tokens))
         try:
             self.crop(first)
         except ValueError:
             self.crop(0)
-        return tokens, stored, self.rows.columns
 
     def share(self, tokens: Tensor, mask: Tensor | None, most: int) -> int:
         """Let an empty cache begin with pages that hold the beginnings of ``tokens`` [B, n], ``most`` columns of them
