@@ -28,7 +28,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if any("__torch_dispatch__" in vars(kind) for kind in types):
+        if any(map(_intercepts, types)):
             return NotImplemented  # it works with plain tensors in the end, and these are seen
         result = func(*args, **(kwargs or {}))
         there = {_key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
@@ -40,6 +40,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
         apart = {_key(tensor) for tensor in self._apart()}
         self.peak = max(self.peak, sum(size for key, (_, size) in self._live.items() if key not in apart))
         return result
+
+
+def _intercepts(kind: type) -> bool:
+    """Whether tensors of a class see operations themselves."""
+    return any("__torch_dispatch__" in vars(base) for base in kind.__mro__[: kind.__mro__.index(Tensor)])
 
 
 def _key(tensor: Tensor) -> int:

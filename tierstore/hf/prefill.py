@@ -16,6 +16,7 @@ from tierstore.binding.forwards import interpose, withdraw
 from tierstore.budget import format_nbytes
 from tierstore.errors import CapacityError
 from tierstore.hf.activations import layer_shape
+from tierstore.hf.by_layer import LayerByLayer
 from tierstore.hf.chunked_mlp import ChunkedMlps
 from tierstore.hf.kv.cache import PagedCache
 from tierstore.hf.kv.calls import Call
@@ -50,14 +51,30 @@ class ChunkedPrefill:
     After an error the cache holds the chunks before it, in all layers.
     """
 
-    def __init__(self, module: nn.Module, nbytes: int, kv: KvGeneration | None = None) -> None:
-        """``kv`` is what the module generates with, if that is of ours: calls with its caches are split there."""
+    def __init__(
+        self,
+        module: nn.Module,
+        nbytes: int,
+        kv: KvGeneration | None = None,
+        *,
+        by_layer: LayerByLayer | None = None,
+    ) -> None:
+        """``kv`` is what the module generates with, if that is of ours: calls with its caches are split there.
+
+        With ``by_layer``, which is closed with this, all chunks go through a layer before the next one does, unless the
+        cache is of pages; hidden states that wait on the device count."""
         self.chunks = 0
         """How many there were so far, of inputs that were split."""
-        self._module, self._nbytes, self._kv, self._closed = module, nbytes, kv, False
+        self._module, self._nbytes, self._kv, self._by_layer = module, nbytes, kv, by_layer
+        self._closed = False
         self._forward = Forward(inspect.signature(module.forward).parameters, getattr(module, "config", None))
         self._mlps = ChunkedMlps(module)
-        self._plan(1, 1, None)
+        try:
+            self._plan(1, 1, None)
+        except BaseException:
+            if by_layer is not None:
+                by_layer.close()
+            raise
         self._mlps.open()
         self._head = getattr(module, "get_output_embeddings", lambda: None)()
         if self._head is not None:
@@ -68,8 +85,8 @@ class ChunkedPrefill:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is run over all tokens of a chunk at once, and why."""
-        return self._mlps.notes
+        """What users should know."""
+        return self._mlps.notes + (self._by_layer.notes if self._by_layer is not None else ())
 
     def close(self) -> None:
         """Leave the module as it was found. Idempotent."""
@@ -78,11 +95,16 @@ class ChunkedPrefill:
         if self._head is not None:
             withdraw(self._head, _on_contiguous)
         self._mlps.close()
+        if self._by_layer is not None:
+            self._by_layer.close()
 
     def _plan(self, batch: int, length: int, cache: Any) -> ActivationPlan:
         paged = isinstance(cache, PagedCache) and getattr(self._module, "_supports_attention_backend", False)
         scratch = cache.memory.plan.scratch_nbytes if paged else None
         shape = layer_shape(self._module, chunked_mlp=self._mlps.complete, scratch_nbytes=scratch)
+        if self._by_layer is not None and not paged:
+            waiting = self._by_layer.waiting_nbytes(batch, length, shape)
+            shape = replace(shape, fixed_nbytes=shape.fixed_nbytes + waiting)
         context = positions_in(cache) + length
         return build_activation_plan(self._nbytes, shape, batch=batch, context=context)
 
@@ -108,6 +130,8 @@ class ChunkedPrefill:
             return whole()
         if why := self._forward.why_whole(given) or self._why_not_in_chunks():
             raise self._refusal(why, length, plan)
+        if self._by_layer is not None and not isinstance(given[self._forward.cache], PagedCache):
+            return self._layer_by_layer(self._by_layer, forward, given, range(0, length, plan.prefill_tokens))
         return self._in_chunks(forward, given, length, plan)
 
     def _why_not_in_chunks(self) -> str:
@@ -115,14 +139,35 @@ class ChunkedPrefill:
             return "gradients keep all activations: call it in torch.no_grad()"
         return ""
 
+    def _layer_by_layer(
+        self, by_layer: LayerByLayer, forward: Callable[..., Any], given: Mapping[str, Any], starts: range
+    ) -> Any:
+        joined = _Joined(starts.stop, self._keeps(given) or starts.stop)
+        alone = {self._forward.cache: None, "attention_mask": None, "position_ids": None, "use_cache": False}
+        ends = []
+        for start in starts:
+            first, stop = max(start, joined.first), min(start + starts.step, starts.stop)
+            if first < stop:
+                ends.append((first, stop, {**part_of({**given, **alone}, 0, first, stop), "return_dict": True}))
+        kinds: list[Any] = []
+
+        def take(output: Any, start: int, stop: int) -> None:
+            kinds.append(type(output))
+            joined.take(dict(output), start, stop)
+
+        whole = {**given, "use_cache": True, "return_dict": True}
+        cache = by_layer.run(forward, whole, starts, ends, take)
+        self.chunks += len(starts)
+        name = next(name for name in CACHES if name in kinds[0].__dataclass_fields__)
+        return self._as_wanted(kinds[0], {**joined.tensors, name: cache}, given)
+
     def _in_chunks(
         self, forward: Callable[..., Any], given: Mapping[str, Any], length: int, plan: ActivationPlan
     ) -> Any:
         cache = self._forward.cache
         past = positions_in(given[cache])
-        wants = {name: self._wants(given, name) for name in ("use_cache", "return_dict")}
-        given = {**given, "use_cache": True, "return_dict": True}
-        keeps = given.get("logits_to_keep") or 0 if "logits_to_keep" in self._forward.parameters else None
+        asked, given = given, {**given, "use_cache": True, "return_dict": True}
+        keeps = self._keeps(given)
         joined = _Joined(length, keeps or length)
         fields: dict[str, Any] = {}
         made: Any = None
@@ -139,11 +184,17 @@ class ChunkedPrefill:
             self.chunks += 1
             joined.take(fields, start, stop)
             kind, made = type(made), None
-        fields.update(joined.tensors)
-        if not wants["use_cache"]:
-            fields = {name: value for name, value in fields.items() if name not in CACHES}
-        output = kind(**fields)
-        return output if wants["return_dict"] else output.to_tuple()
+        return self._as_wanted(kind, {**fields, **joined.tensors}, asked)
+
+    def _keeps(self, given: Mapping[str, Any]) -> int | None:
+        """Of how many last positions logits are asked for; 0 for all, None for a forward that gives no choice."""
+        return given.get("logits_to_keep") or 0 if "logits_to_keep" in self._forward.parameters else None
+
+    def _as_wanted(self, kind: Any, fields: Mapping[str, Any], asked: Mapping[str, Any]) -> Any:
+        """The output as the call that was split asked for it."""
+        caches = CACHES if not self._wants(asked, "use_cache") else ()
+        output = kind(**{name: value for name, value in fields.items() if name not in caches})
+        return output if self._wants(asked, "return_dict") else output.to_tuple()
 
     def _wants(self, given: Mapping[str, Any], name: str) -> bool:
         value = given.get(name)
