@@ -14,10 +14,13 @@ from transformers.cache_utils import DynamicCache
 
 from tests.hf.zoo import tiny
 from tierstore.activation_plan import build_activation_plan
+from tierstore.backends import backend_for
 from tierstore.binding.forwards import withdraw
+from tierstore.budget import Budget
 from tierstore.errors import CapacityError, ModuleError, PlanError
 from tierstore.hf.activations import layer_shape
 from tierstore.hf.chunked_mlp import ChunkedMlps
+from tierstore.hf.kv.generating import make_kv
 from tierstore.hf.prefill import ChunkedPrefill
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -45,9 +48,9 @@ def model_of(name: str = "LlamaForCausalLM", **changes: Any) -> Any:
     return tiny(name, **{"max_position_embeddings": 128, **MODELS.get(name, {}), **changes}).eval()
 
 
-def bound(model: Any, *, tokens: int = 9, batch: int = 2) -> int:
+def bound(model: Any, *, tokens: int = 9, batch: int = 2, scratch_nbytes: int | None = None) -> int:
     """The smallest bound that lets so many tokens a row through at once."""
-    shape = layer_shape(model, chunked_mlp=ChunkedMlps(model).complete, scratch_nbytes=None)
+    shape = layer_shape(model, chunked_mlp=ChunkedMlps(model).complete, scratch_nbytes=scratch_nbytes)
 
     def allows(nbytes: int) -> bool:
         try:
@@ -170,6 +173,40 @@ def test_other_ways_to_call() -> None:
     with chunked(model.model):
         made = model.model(PROMPT).last_hidden_state
     torch.testing.assert_close(made, model.model(PROMPT).last_hidden_state, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
+def test_over_pages(name: str) -> None:
+    model = model_of(name)
+    asked: dict[str, Any] = {"attention_mask": MASK, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(PROMPT, **asked)
+    whole = model(PROMPT, attention_mask=MASK).logits[MASK > 0]
+    kv = make_kv(
+        model,
+        Budget(1, kv_hbm="1MiB"),
+        format=None,
+        backend=backend_for("cpu"),
+        recorder=lambda event: None,
+        folder=None,
+        notes=[],
+        page_tokens=8,
+    )
+    prefill = ChunkedPrefill(model, bound(model, scratch_nbytes=kv.memory.plan.scratch_nbytes), kv)
+    seen = lengths_of(model)
+    assert torch.equal(model.generate(PROMPT, **asked), want)
+    assert prefill.chunks == 5
+    assert max(seen) <= 9
+    assert kv.cache.sequences == (LENGTH - 17 + 4, LENGTH + 4)
+    kv.cache.reset()
+    made = model(PROMPT, attention_mask=MASK, cache=kv.cache).logits[MASK > 0]
+    torch.testing.assert_close(made, whole, rtol=0, atol=2e-6)
+    prefill.close()
+    kv.cache.reset()
+    seen.clear()
+    model(PROMPT, attention_mask=MASK, cache=kv.cache)
+    assert max(seen) > 9
+    kv.close()
+    assert "forward" not in model.__dict__
 
 
 def test_what_fits_goes_through_as_it_is() -> None:
