@@ -191,6 +191,8 @@ def test_over_pages(name: str) -> None:
         notes=[],
         page_tokens=8,
     )
+    with pytest.raises(PlanError, match=r"raise Budget\.activations"):
+        ChunkedPrefill(model, bound(model), kv)
     prefill = ChunkedPrefill(model, bound(model, scratch_nbytes=kv.memory.plan.scratch_nbytes), kv)
     seen = lengths_of(model)
     assert torch.equal(model.generate(PROMPT, **asked), want)
@@ -266,6 +268,8 @@ def test_gradients_are_refused() -> None:
     model.requires_grad_(False)
     with chunked(model) as prefill, torch.enable_grad():
         model(PROMPT)
+        with pytest.raises(CapacityError, match="no_grad"):
+            model(inputs_embeds=model.get_input_embeddings()(PROMPT).requires_grad_())
     assert prefill.chunks == 5
 
 

@@ -70,7 +70,7 @@ class ChunkedPrefill:
         self._forward = Forward(inspect.signature(module.forward).parameters, getattr(module, "config", None))
         self._mlps = ChunkedMlps(module)
         try:
-            self._plan(1, 1, None)
+            self._plan(1, 1, None if kv is None else kv.cache)
         except BaseException:
             if by_layer is not None:
                 by_layer.close()
@@ -128,14 +128,15 @@ class ChunkedPrefill:
         self._mlps.tokens = plan.mlp_tokens
         if length <= plan.prefill_tokens:
             return whole()
-        if why := self._forward.why_whole(given) or self._why_not_in_chunks():
+        if why := self._forward.why_whole(given) or self._why_not_in_chunks(given):
             raise self._refusal(why, length, plan)
         if self._by_layer is not None and not isinstance(given[self._forward.cache], PagedCache):
             return self._layer_by_layer(self._by_layer, forward, given, range(0, length, plan.prefill_tokens))
         return self._in_chunks(forward, given, length, plan)
 
-    def _why_not_in_chunks(self) -> str:
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._module.parameters()):
+    def _why_not_in_chunks(self, given: Mapping[str, Any]) -> str:
+        tensors = [value for value in given.values() if isinstance(value, Tensor)]
+        if torch.is_grad_enabled() and any(each.requires_grad for each in (*tensors, *self._module.parameters())):
             return "gradients keep all activations: call it in torch.no_grad()"
         return ""
 
