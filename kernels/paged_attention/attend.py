@@ -33,7 +33,7 @@ def _store_part(
 ) -> None:
     """``places`` of ``out`` [count, DIM] and ``lse`` [count], from ``sums`` [dims, places] of values whose weights, the
     exponentials of what their scores are above ``top``, are ``total`` together."""
-    some, dims = total > 0, tl.arange(0, sums.shape[0])
+    some, dims = total != 0, tl.arange(0, sums.shape[0])
     divisor = tl.where(some, total, 1)
     tl.store(lse + places, tl.where(some, top + tl.log(divisor), float("-inf")), mask=places < count)
     mask = (places < count)[None, :] & (dims < DIM)[:, None]
@@ -151,6 +151,6 @@ def merge_splits(
     mask = (places < splits)[:, None] & (dims < DIM)[None, :]
     values = tl.load(outs + where[:, None] * DIM + dims[None, :], mask=mask, other=0)
     sums = tl.sum(values * shares[:, None], axis=0)
-    divisor = tl.where(total > 0, total, 1)
+    divisor = tl.where(total != 0, total, 1)
     tl.store(out + query * DIM + dims, sums / divisor, mask=dims < DIM)
-    tl.store(lse + query, tl.where(total > 0, base + tl.log(divisor), float("-inf")))
+    tl.store(lse + query, tl.where(total != 0, base + tl.log(divisor), float("-inf")))

@@ -22,6 +22,8 @@ _FLOATS = 1 << 18
 _LEAST = 128
 """Keys at a time, at least, whatever memory they take."""
 _FEW = 16
+_TASKS, _LEAST_SHARE = 16, 4096
+"""Into so many tasks, of so many keys at least, a few queries over many keys are divided, whatever cores there are."""
 _PARTS = 8
 _MOST_NEGATIVE = torch.finfo(torch.float32).min
 
@@ -157,10 +159,29 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
         return _in_float32(lambda q, k, v, mask: _plain(q, k, v, mask, scale, softcap), step, q, k, v, mask)
     if q.device.type == "cuda":
         return _fused_on_cuda(q, k, v, mask, scale)
+    if rows == 1 and queries <= _FEW and heads < _TASKS and k.shape[2] >= 2 * _LEAST_SHARE:
+        return _for_all_cores(q, k, v, mask, scale)
     if q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and queries <= _FEW):
         step = _FLOATS // (rows * heads * max(q.shape[3], v.shape[3]))
         return _in_float32(lambda q, k, v, mask: _fused_on_cpu(q, k, v, mask, scale), step, q, k, v, mask)
     return _fused_on_cpu(q, k, v, mask, scale)
+
+
+def _for_all_cores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Partial:
+    """One row, whose keys are cut into shares that are rows: each row and head is a task that one core does alone."""
+    shares = min(k.shape[2] // _LEAST_SHARE, _TASKS // k.shape[1])
+    share = k.shape[2] // shares
+    stop = shares * share
+    keys, values = (t[0, :, :stop].unfold(1, share, share).permute(1, 0, 3, 2) for t in (k, v))
+    there = None
+    if mask is not None:
+        there = mask[0, ..., :stop].unfold(2, share, share).permute(2, 0, 1, 3)
+    found = _attend(q.expand(shares, -1, -1, -1), keys, values, there, scale, None)
+    parts = [Partial(found.out[i : i + 1], found.lse[i : i + 1]) for i in range(shares)]
+    if stop < k.shape[2]:
+        rest = slice(stop, None)
+        parts.append(_attend(q, k[:, :, rest], v[:, :, rest], None if mask is None else mask[..., rest], scale, None))
+    return combine(parts)
 
 
 def _in_float32(attend: _Attend, step: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Partial:

@@ -149,20 +149,21 @@ def test_rows_that_share_keys_are_rows_that_have_the_same_keys(problem: Problem)
 
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize(("rows", "queries"), [(1, 1), (1, 3), (2, 1), (2, 40)])
 def test_keys_are_taken_in_blocks(
-    monkeypatch: pytest.MonkeyPatch, queries: int, dtype: torch.dtype, softcap: float | None
+    monkeypatch: pytest.MonkeyPatch, rows: int, queries: int, dtype: torch.dtype, softcap: float | None
 ) -> None:
-    """More blocks than are kept apart before they are added up."""
-    for name in ("_FLOATS", "_SCORES", "_LEAST"):
+    """More blocks than are kept apart before they are added up; and, of one row, more than there are cores."""
+    for name in ("_FLOATS", "_SCORES", "_LEAST", "_LEAST_SHARE"):
         monkeypatch.setattr(module, name, FEW_KEYS)
     generator = Generator().manual_seed(0)
-    q = torch.randn(2, 4, queries, 8, generator=generator).to(dtype)
-    k, v = (torch.randn(2, 2, FEW_KEYS * 20 + 3, 8, generator=generator).to(dtype) for _ in range(2))
-    mask = torch.rand(2, 1, queries, k.shape[2], generator=generator) > 0.5
+    q = torch.randn(rows, 4, queries, 8, generator=generator).to(dtype)
+    k, v = (torch.randn(rows, FEW_KEYS * 20 + 3, 2, 8, generator=generator).to(dtype).transpose(1, 2) for _ in range(2))
+    mask = torch.rand(rows, 1, queries, k.shape[2], generator=generator) > 0.5
     mask[0, 0, 0, FEW_KEYS:] = False
-    problem = Problem(q, k, v, mask, 1.0, softcap)
-    same_part(problem.partial(), problem.exact(), dtype)
+    for each in (None, mask):
+        problem = Problem(q, k, v, each, 1.0, softcap)
+        same_part(problem.partial(), problem.exact(), dtype)
 
 
 def test_scores_of_any_size_are_right() -> None:
