@@ -376,6 +376,6 @@ class PagerBench:
         self.pager.shut()
         assert self.pager.usage().free_frames == self.plan.frames
         assert self.pager._places.ram.free == (self.plan.ram_frames if self.ram is not None else 0)
-        assert self.pager._ring._slots.free == self.plan.ring_slots
+        assert self.pager._ring._slots.free == self.pager._ring._slots.count
         assert self.store is None or not self.store.runs
         self.engine.check()

@@ -354,7 +354,8 @@ class PagerMachine(RuleBasedStateMachine):
         plain=st.booleans(),
         discrete=st.booleans(),
         frames=st.integers(14, 24),
-        ring_slots=st.integers(2, 4),
+        ring_slots=st.sampled_from([2, 3, 4, 17]),
+        staging_slots=st.sampled_from([2, 9]),
         run_cells=st.integers(1, 3),
         quota=st.integers(0, 3),
     )

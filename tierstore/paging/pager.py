@@ -9,6 +9,7 @@ from tierstore.errors import CapacityError, PageLostError, SessionClosedError
 from tierstore.events import Recorder
 from tierstore.page_plan import KindPlan
 from tierstore.paging.going_down import make_room, quota_now, run_is_full
+from tierstore.paging.groups import runs_a_fetch
 from tierstore.paging.places import NOWHERE, Cell, Places
 from tierstore.paging.ring import Ring
 from tierstore.paging.slots import Slots
@@ -48,13 +49,14 @@ class Pager:
         self._plain = plan.kind.plain
         self._places = Places(len(layers), plan.frames, plan.ram_frames if ram is not None else 0)
         self._splitter = Splitter(self._places, plan.frame_nbytes, region, ram if engine.unified else None)
-        slots = Slots(ring, plan.ring_slots, plan.slot_nbytes)
+        runs = runs_a_fetch(plan, staged=file is not None and not engine.unified)
+        slots = Slots(ring, plan.ring_slots // runs, runs * plan.slot_nbytes)
         self._transport = Transport(
-            plan, region=region, ring=slots, ram=ram, staging=staging, file=file, engine=engine, recorder=recorder
+            plan, runs, region=region, ring=slots, ram=ram, staging=staging, file=file, engine=engine, recorder=recorder
         )
         self._ring = Ring(
             slots,
-            plan.run_cells,
+            runs * plan.run_cells,
             plan.frame_nbytes,
             places=self._places,
             splitter=self._splitter,

@@ -10,7 +10,7 @@ from time import perf_counter
 from tierstore.contracts import Buffer, CopyEngine, Fence
 from tierstore.errors import CapacityError, PageLostError, StoreError, TierstoreError
 from tierstore.events import Missed, Recorder, Stalled
-from tierstore.paging.groups import groups
+from tierstore.paging.groups import groups, places_in_slot
 from tierstore.paging.order import Item, VisitOrder
 from tierstore.paging.places import Cell, Places
 from tierstore.paging.slots import Slots
@@ -21,10 +21,11 @@ Up = Callable[[Sequence[Cell], Buffer, Sequence[int], Sequence[Fence]], Fence]
 
 @dataclass(slots=True, eq=False)
 class _Fetch:
-    """``cells`` on their way to ``slot``, or there, for the layer of ``visit``."""
+    """``cells`` on their way to ``offsets`` in the ring, within ``slot``, or there, for the layer of ``visit``."""
 
     visit: int
     cells: tuple[Cell, ...]
+    offsets: tuple[int, ...]
     slot: int
     fence: Fence
     after: tuple[Fence, ...]  # earlier users of the slot, which a fetch that failed may not have waited for
@@ -34,14 +35,14 @@ class Ring:
     """Cells of the coming visits, nearest first, as far as there are slots; what is missed takes the farthest's slot.
 
     Cells are known by their objects: what was fetched and is not asked for is passed over, what is asked for and was
-    not fetched is fetched then, and counted in ``misses``. So a wrong order costs time, never a wrong byte. ``names``
-    are those of the layers in what is recorded.
+    not fetched is fetched then, and counted in ``misses``. So a wrong order costs time, never a wrong byte. A slot
+    holds ``slot_cells`` cells. ``names`` are those of the layers in what is recorded.
     """
 
     def __init__(
         self,
         slots: Slots,
-        run_cells: int,
+        slot_cells: int,
         frame_nbytes: int,
         *,
         places: Places,
@@ -52,7 +53,7 @@ class Ring:
         names: Sequence[str],
     ) -> None:
         self._slots = slots
-        self._run_cells = run_cells
+        self._slot_cells = slot_cells
         self._frame_nbytes = frame_nbytes
         self._places = places
         self._splitter = splitter
@@ -182,7 +183,7 @@ class Ring:
         if visit == self._order.cursor:
             fetched |= self._served
         streamed = self._splitter.split(*self._order.item(visit)).streamed
-        return deque(groups((cell for cell in streamed if cell not in fetched), self._run_cells))
+        return deque(groups((cell for cell in streamed if cell not in fetched), self._slot_cells))
 
     def _start(self, visit: int, group: Sequence[Cell], *, now: bool) -> bool:
         """Fetch a group for a visit; False where only earlier or equal visits hold slots, or, unless it is needed
@@ -196,7 +197,8 @@ class Ring:
         if taken is None:
             return False
         slot, after = taken
-        offsets = [slot * self._slots.nbytes + index * self._frame_nbytes for index in range(len(cells))]
+        start = slot * self._slots.nbytes
+        offsets = tuple(start + at for at in places_in_slot(cells, self._frame_nbytes, self._slots.nbytes))
         try:
             fence = self._up(cells, self._slots.buffer, offsets, after)
         except BaseException:
@@ -205,7 +207,7 @@ class Ring:
         at = len(self._queue)
         while at and self._queue[at - 1].visit > visit:
             at -= 1
-        self._queue.insert(at, _Fetch(visit, cells, slot, fence, after))
+        self._queue.insert(at, _Fetch(visit, cells, offsets, slot, fence, after))
         return True
 
     def _take(self, now: bool) -> tuple[int, tuple[Fence, ...]] | None:
@@ -231,7 +233,7 @@ class Ring:
 
     def _fetch_more(self, visit: int, wanted: dict[Cell, None]) -> None:
         fetched = {cell for fetch in self._queue if fetch.visit == visit for cell in fetch.cells}
-        for group in groups((cell for cell in wanted if cell not in fetched), self._run_cells):
+        for group in groups((cell for cell in wanted if cell not in fetched), self._slot_cells):
             if not self._start(visit, group, now=True):
                 return
 
@@ -243,7 +245,7 @@ class Ring:
             if self._held and (2 * len(self._held) >= self._slots.count or not self._queue[0].fence.done()):
                 break
             fetch = self._queue.popleft()
-            cells = [(index, cell) for index, cell in enumerate(fetch.cells) if cell in wanted]
+            cells = [(cell, at) for cell, at in zip(fetch.cells, fetch.offsets, strict=True) if cell in wanted]
             try:
                 arrived = bool(cells) and self._gate(fetch, wanted)
             except BaseException:
@@ -253,13 +255,12 @@ class Ring:
                 self._drop(fetch)
                 continue
             self._held.append(fetch)
-            start = fetch.slot * self._slots.nbytes
-            for index, cell in cells:
+            for cell, at in cells:
                 del wanted[cell]
                 if visit == self._order.cursor:
                     self._served.add(cell)
                 pages.append(cell.page)
-                offsets.append(start + index * self._frame_nbytes)
+                offsets.append(at)
         return Wave(tuple(pages), self._slots.buffer, tuple(offsets)) if pages else None
 
     def _gate(self, fetch: _Fetch, wanted: dict[Cell, None]) -> bool:

@@ -8,22 +8,24 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Thread
 
-from tierstore.contracts import Buffer, CellRead, CopyEngine, Fence, PageRun
+from tierstore.contracts import Buffer, CellRead, CopyEngine, Fence
 from tierstore.errors import SessionClosedError
 from tierstore.fences import Promise, wait_for_end
+from tierstore.paging.groups import places_in_slot
+from tierstore.paging.places import Cell
 from tierstore.paging.slots import Slots
+from tierstore.paging.stretches import Stretch, joined, stretches
 from tierstore.trips import TripLog
-
-Stretch = tuple[PageRun, int, int]
-"""Cells ``[first, first + count)`` of a run."""
 
 
 @dataclass(slots=True)
 class _Bring:
-    """Cells on their way, one behind the other in a slot of staging memory, each to one of ``targets``."""
+    """Cells on their way: ``reads`` to a slot of staging memory, ``copies`` from there to ``target``."""
 
-    stretches: Sequence[Stretch]
-    targets: Sequence[Buffer]
+    reads: Sequence[Stretch]
+    copies: Sequence[tuple[int, int, int]]
+    target: Buffer
+    nbytes: int
     after: Sequence[Fence]
     promise: Promise = field(default_factory=Promise)
     slot: int = -1
@@ -32,20 +34,20 @@ class _Bring:
 
 class StagedReads:
     """One thread reads in the order of ``bring`` as far as ``slots`` has room, and issues each copy to the device as
-    soon as its bytes are there. ``targets`` are filled in order, each by as many bytes as it has.
+    soon as its bytes are there.
 
     Others may take slots too, and give them back at once with the fence of what they do with them."""
 
     def __init__(
         self,
         slots: Slots,
-        cell_nbytes: int,
+        frame_nbytes: int,
         read: Callable[[Sequence[CellRead]], Fence],
         engine: CopyEngine,
         trips: TripLog,
     ) -> None:
         self._slots = slots
-        self._cell_nbytes = cell_nbytes
+        self._frame_nbytes = frame_nbytes
         self._read = read
         self._engine = engine
         self._trips = trips
@@ -55,11 +57,15 @@ class StagedReads:
         self._thread = Thread(target=self._work, name="tierstore-page-staging", daemon=True)
         self._thread.start()
 
-    def bring(self, stretches: Sequence[Stretch], targets: Sequence[Buffer], after: Sequence[Fence]) -> Fence:
-        """Start both hops; ``targets`` are written once ``after`` is complete."""
+    def bring(self, cells: Sequence[Cell], target: Buffer, offsets: Sequence[int], after: Sequence[Fence]) -> Fence:
+        """Start both hops for cells of the store, to ``offsets`` of ``target`` once ``after`` is complete."""
         if self._closed:
             raise SessionClosedError("pages were asked of a pager that was shut: open a new session")
-        bring = _Bring(stretches, targets, after)
+        # worked out now: a cell that is freed meanwhile does not know any more where it was
+        places = places_in_slot(cells, self._frame_nbytes, self._slots.nbytes)
+        reads = stretches(cells, places, self._frame_nbytes)
+        copies = joined(places, offsets, self._frame_nbytes)
+        bring = _Bring(reads, copies, target, len(cells) * self._frame_nbytes, after)
         self._asked.put(bring)
         return bring.promise
 
@@ -102,19 +108,17 @@ class StagedReads:
             if self._closed:
                 raise SessionClosedError("the pager was shut before its pages were read: open a new session")
             wait_for_end(after)
-            bring.read = self._trips.begin(self._read(self._requests(bring)), "nvme->ram", self._nbytes(bring))
+            bring.read = self._trips.begin(self._read(self._requests(bring)), "nvme->ram", bring.nbytes)
             self._reading.append(bring)
         except Exception as error:  # it comes out of the promise, and the thread goes on
             self._slots.give_back(bring.slot, after)
             bring.promise.keep((), error)
 
     def _requests(self, bring: _Bring) -> list[CellRead]:
-        requests, at = [], 0
-        for run, first, count in bring.stretches:
-            nbytes = count * self._cell_nbytes
-            requests.append(CellRead(run, first, count, self._slots.part(bring.slot, at, nbytes)))
-            at += nbytes
-        return requests
+        return [
+            CellRead(run, first, count, self._slots.part(bring.slot, at, count * self._frame_nbytes))
+            for run, first, count, at in bring.reads
+        ]
 
     def _finish(self, bring: _Bring) -> None:
         copied: Fence | None = None
@@ -129,11 +133,8 @@ class StagedReads:
         self._slots.give_back(bring.slot, () if copied is None else (copied,))
 
     def _copy(self, bring: _Bring) -> Fence:
-        pairs, at = [], 0
-        for target in bring.targets:
-            pairs.append((self._slots.part(bring.slot, at, target.numel()), target))
-            at += target.numel()
-        return self._trips.begin(self._engine.copy(pairs, after=bring.after), "ram->hbm", at)
-
-    def _nbytes(self, bring: _Bring) -> int:
-        return sum(count for _, _, count in bring.stretches) * self._cell_nbytes
+        pairs = [
+            (self._slots.part(bring.slot, at, nbytes), bring.target[to : to + nbytes])
+            for at, to, nbytes in bring.copies
+        ]
+        return self._trips.begin(self._engine.copy(pairs, after=bring.after), "ram->hbm", bring.nbytes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from threading import Lock
-from typing import cast
 
 from tierstore.contracts import Buffer, CellRead, CopyEngine, Fence, PageRun, PageStore
 from tierstore.errors import StoreError
@@ -14,6 +13,7 @@ from tierstore.page_plan import KindPlan
 from tierstore.paging.places import NOWHERE, Cell
 from tierstore.paging.slots import Slots
 from tierstore.paging.staging import StagedReads
+from tierstore.paging.stretches import joined, stretches
 from tierstore.trips import TripLog
 
 
@@ -27,6 +27,7 @@ class Transport:
     def __init__(
         self,
         plan: KindPlan,
+        runs_a_fetch: int,
         *,
         region: Buffer,
         ring: Slots,
@@ -50,7 +51,8 @@ class Transport:
         if file is not None and not engine.unified:
             if staging is None:
                 raise ValueError("pages of a device that is not unified pass through staging memory: give some")
-            self._bounce = Slots(staging, plan.staging_slots, plan.slot_nbytes)
+            nbytes = runs_a_fetch * plan.slot_nbytes
+            self._bounce = Slots(staging, plan.staging_slots // runs_a_fetch, nbytes)
             self._staged = StagedReads(self._bounce, plan.frame_nbytes, self._read, engine, self._trips)
         self.written_nbytes = 0
         self.read_nbytes = 0
@@ -73,12 +75,13 @@ class Transport:
             self._from_ram.append(copied)
             return copied
         self.read_nbytes += nbytes
-        stretches = self._stretches(cells, offsets)
         if self._staged is not None:
-            targets = [self._cut(buffer, at, count) for _, _, count, at in stretches]
-            return self._staged.bring([(run, first, count) for run, first, count, _ in stretches], targets, after)
+            return self._staged.bring(cells, buffer, offsets, after)
         wait_for_end(after)
-        reads = [CellRead(run, first, count, self._cut(buffer, at, count)) for run, first, count, at in stretches]
+        reads = [
+            CellRead(run, first, count, buffer[at : at + count * self._frame_nbytes])
+            for run, first, count, at in stretches(cells, offsets, self._frame_nbytes)
+        ]
         return self._trips.begin(self._read(reads), "nvme->hbm", nbytes)
 
     def up_to_frames(self, cells: Sequence[Cell], frames: Sequence[int]) -> Fence:
@@ -145,33 +148,10 @@ class Transport:
         with self._file_turn:
             return self._file.read(requests)
 
-    def _cut(self, buffer: Buffer, at: int, count: int) -> Buffer:
-        return cast(Buffer, buffer[at : at + count * self._frame_nbytes])
-
-    def _stretches(self, cells: Sequence[Cell], offsets: Sequence[int]) -> list[tuple[PageRun, int, int, int]]:
-        """``(run, first, count, offset)``: neighbours in a run that are neighbours where they go are one."""
-        stretches: list[tuple[PageRun, int, int, int]] = []
-        for cell, offset in zip(cells, offsets, strict=True):
-            if cell.run is None:
-                raise AssertionError("a cell that is neither in HBM nor in RAM is in the store")
-            if stretches:
-                run, first, count, at = stretches[-1]
-                if run is cell.run and first + count == cell.at and at + count * self._frame_nbytes == offset:
-                    stretches[-1] = run, first, count + 1, at
-                    continue
-            stretches.append((cell.run, cell.at, 1, offset))
-        return stretches
-
     def _pairs(
         self, source: Buffer, froms: Sequence[int], target: Buffer, tos: Sequence[int]
     ) -> list[tuple[Buffer, Buffer]]:
-        """What to copy; frames that are neighbours on both sides go together."""
-        stretches: list[tuple[int, int, int]] = []
-        for start, to in zip(froms, tos, strict=True):
-            if stretches:
-                first, at, count = stretches[-1]
-                if first + count * self._frame_nbytes == start and at + count * self._frame_nbytes == to:
-                    stretches[-1] = first, at, count + 1
-                    continue
-            stretches.append((start, to, 1))
-        return [(self._cut(source, start, count), self._cut(target, to, count)) for start, to, count in stretches]
+        return [
+            (source[start : start + nbytes], target[to : to + nbytes])
+            for start, to, nbytes in joined(froms, tos, self._frame_nbytes)
+        ]
