@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator, MutableSequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tierstore.backends import Backend
 from tierstore.binding.forwards import interpose, withdraw
 from tierstore.budget import Budget
 from tierstore.errors import CapacityError, ModuleError, PageLostError
@@ -31,6 +30,9 @@ from tierstore.hf.kv.memory import PAGE_TOKENS, KvMemory
 from tierstore.hf.kv.shapes import dtype_of, layers_of
 from tierstore.hf.splitting import CACHES, Forward
 from tierstore.kvformats.named import kv_format
+
+if TYPE_CHECKING:
+    from tierstore.backends import Backend
 
 GoOn = Callable[[Call], Any]
 Stage = Callable[[GoOn, Call], Any]

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from tierstore.backends import Backend
 from tierstore.budget import Budget
 from tierstore.contracts import Pool
 from tierstore.errors import BudgetError, SessionClosedError
@@ -27,6 +26,9 @@ from tierstore.pages import PageTable, PageUsage
 from tierstore.paging.pager import Pager
 from tierstore.paging.usage import PagerUsage
 from tierstore.stores.page_file import PageFile
+
+if TYPE_CHECKING:
+    from tierstore.backends import Backend
 
 PAGE_TOKENS = 64
 """Positions of a page."""
