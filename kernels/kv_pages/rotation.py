@@ -15,10 +15,14 @@ from torch import Tensor
 
 
 def rotate(states: Tensor) -> Tensor:
-    """``states`` [..., dim] rotated, in their dtype; multiplied in float32. Twice gives them back but for rounding."""
+    """``states`` [n, ..., dim] rotated, in their dtype; multiplied in float32. Twice gives them back but for rounding.
+
+    Each of the n is multiplied on its own, so that its bits do not depend on how many there are."""
     if states.numel() == 0:
         return states
-    return (states.float() @ rotation(states.shape[-1], states.device)).to(states.dtype)
+    matrix = rotation(states.shape[-1], states.device).expand(len(states), -1, -1)
+    flat = states.reshape(len(states), -1, states.shape[-1])
+    return torch.bmm(flat.float(), matrix).view(states.shape).to(states.dtype)
 
 
 @lru_cache(maxsize=32)

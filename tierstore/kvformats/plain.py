@@ -25,7 +25,7 @@ class Raw:
     def pack(self, keys: Tensor, values: Tensor, into: Tensor) -> None:
         at = 0
         for states in (keys, values):
-            nbytes = states[0].numel() * self.dtype.itemsize
+            nbytes = states.shape[1:].numel() * self.dtype.itemsize
             into[:, at : at + nbytes].view(self.dtype).view(states.shape).copy_(states)
             at += nbytes
 
