@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from tierstore.hf.kv.memory import KvUsage
 
 
+WAITING = ("keep", "offload")
+"""Where the hidden states of chunks wait between layers: on the compute device, or in host memory."""
+
+
 class Generation:
     """``kv`` is the cache that the model generates with, None where the budget has no bytes for one."""
 
@@ -53,20 +57,25 @@ def make_generation(
     budget: Budget,
     *,
     kv_format: str | None,
+    hidden_states: str | None,
     backend: Backend,
     recorder: Recorder,
     folder: Path | None,
 ) -> Generation | None:
     """What ``budget`` asks for: ``kv_hbm`` a paged cache, ``activations`` chunks; None for neither.
 
-    Raises ``BudgetError`` for a ``kv_format`` without a cache and what ``make_kv`` and ``ChunkedPrefill`` do."""
+    ``hidden_states`` is as in ``load``. Raises ``BudgetError`` for a ``kv_format`` without a cache, for
+    ``hidden_states`` that cannot be had beside the rest, and what ``make_kv`` and ``ChunkedPrefill`` raise."""
     if kv_format is not None and not budget.kv_hbm:
         raise BudgetError(f"kv_format is {kv_format!r} and Budget.kv_hbm is 0: give the KV cache bytes of its own")
-    if not budget.kv_hbm and budget.activations is None:
+    _check_hidden_states(hidden_states, budget)
+    if not budget.kv_hbm and budget.activations is None and hidden_states is None:
         return None
     try:
+        from tierstore.hf.by_layer import LayerByLayer
         from tierstore.hf.kv.generating import make_kv
         from tierstore.hf.prefill import ChunkedPrefill
+        from tierstore.hf.recomputing import RecomputedLayers
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("tierstore"):
             raise
@@ -74,8 +83,10 @@ def make_generation(
             f"a KV cache needs the package {error.name}, which is not installed: pip install 'tierstore[hf]'"
         ) from error
     notes: list[str] = []
-    kv, prefill = None, None
+    paged, prefill = None, None
     with ExitStack() as closing:
+        if hidden_states == "recompute":
+            closing.callback(RecomputedLayers(module).close)
         if budget.kv_hbm:
             paged = make_kv(
                 module,
@@ -87,12 +98,27 @@ def make_generation(
                 notes=notes,
             )
             closing.callback(paged.close)
-            kv = paged.cache
         if budget.activations is not None:
-            prefill = ChunkedPrefill(module, budget.activations)
+            by_layer = None
+            if hidden_states in WAITING:
+                by_layer = LayerByLayer(module, backend if hidden_states == "offload" else None)
+            prefill = ChunkedPrefill(module, budget.activations, paged, by_layer=by_layer)
             closing.callback(prefill.close)
         finish = closing.pop_all().close
+    kv = None if paged is None else paged.cache
     return Generation(kv, lambda: (*notes, *(prefill.notes if prefill is not None else ())), finish)
+
+
+def _check_hidden_states(chosen: str | None, budget: Budget) -> None:
+    if chosen not in (None, "recompute", *WAITING):
+        raise BudgetError(f"hidden_states is {chosen!r}: choose 'keep', 'offload' or 'recompute', or leave it out")
+    if chosen in WAITING and budget.activations is None:
+        raise BudgetError(f"hidden_states={chosen!r} is about chunks of long inputs: set Budget.activations too")
+    if chosen in WAITING and budget.kv_hbm:
+        raise BudgetError(
+            f"hidden_states={chosen!r} takes all chunks through a layer before the next one, and pages are written "
+            "chunk by chunk: set Budget.kv_hbm to 0, or leave hidden_states out"
+        )
 
 
 def as_report(usage: KvUsage) -> KvReport:

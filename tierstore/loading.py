@@ -43,6 +43,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     kv_format: str | None = None,
+    hidden_states: str | None = None,
     store: str | os.PathLike[str] | None = None,
     model_class: type | None = None,
     trust_remote_code: bool = False,
@@ -59,6 +60,11 @@ def load(
     With ``Budget(kv_hbm=...)`` the model generates with a KV cache in pages, ``session.kv``. ``kv_format``
     ("int8", "int4", "fp8", ...) is what full pages are kept in, None the model's own dtype. Pages on disk
     are below ``store``, or else beside the checkpoint, while the session lasts.
+
+    With ``Budget(activations=...)`` a long input goes through the model in chunks, each of them a pass over the
+    weights. With ``hidden_states`` "keep" or "offload" all chunks go through a layer before the next one is fetched,
+    in one pass; until then their hidden states wait on the device, or in host memory. "recompute" is for gradients:
+    of each layer only the input is kept, and the rest computed again.
 
     Raises ``PlanError`` with the smallest budget that would do, ``BudgetError``, ``CheckpointError``
     and ``StoreError``; nothing is left open then.
@@ -81,7 +87,7 @@ def load(
         session = _engage(checkpoint, budget, chosen)
         undo.pop_all()
     folder = checkpoint.path if store is None else Path(store)
-    return session.equip(budget, kv_format=kv_format, backend=chosen, folder=folder)
+    return session.equip(budget, kv_format=kv_format, hidden_states=hidden_states, backend=chosen, folder=folder)
 
 
 def _opened(

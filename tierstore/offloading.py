@@ -45,6 +45,7 @@ def offload(
     format: str | None = None,
     formats: Mapping[str, str] | None = None,
     kv_format: str | None = None,
+    hidden_states: str | None = None,
     store: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
     backend: Backend | None = None,
@@ -63,8 +64,8 @@ def offload(
     that; else it leaves the same parameters with the kept values, of which ``report()`` has a note. Packing
     needs memory for both.
 
-    A transformers decoder generates with a KV cache in pages where ``budget`` has ``kv_hbm`` for one; ``kv_format`` is
-    as in ``load``, and pages on disk need ``store``.
+    A transformers decoder generates with a KV cache in pages where ``budget`` has ``kv_hbm`` for one; ``kv_format`` and
+    ``hidden_states`` are as in ``load``, and pages on disk need ``store``.
 
     Raises ``PlanError`` with the smallest budget that would do, ``BudgetError``, ``ModuleError`` for
     tensors without values and formats that cannot be, and ``StoreError`` for a store that cannot be used;
@@ -81,7 +82,7 @@ def offload(
     root = None if store is None else Path(store)
     if format is None and formats is None:
         session = _Offloading(module, budget, root, chosen).session()
-        return session.equip(budget, kv_format=kv_format, backend=chosen, folder=root)
+        return session.equip(budget, kv_format=kv_format, hidden_states=hidden_states, backend=chosen, folder=root)
     packed = PackedWeights(module, format, formats or {}, chosen.device, kept=root is not None)
     with ExitStack() as undo:
         undo.callback(packed.take_out, None)
@@ -89,7 +90,7 @@ def offload(
         session = _Offloading(module, budget, root, chosen, packed).session()
         undo.pop_all()
     packed.forget()
-    return session.equip(budget, kv_format=kv_format, backend=chosen, folder=root)
+    return session.equip(budget, kv_format=kv_format, hidden_states=hidden_states, backend=chosen, folder=root)
 
 
 @dataclass(frozen=True)

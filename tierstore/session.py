@@ -130,13 +130,27 @@ class Session:
         self._ended: float | None = None
         self._last_peaks: dict[str, int] = {}
 
-    def equip(self, budget: Budget, *, kv_format: str | None, backend: Backend, folder: Path | None) -> Self:
+    def equip(
+        self,
+        budget: Budget,
+        *,
+        kv_format: str | None,
+        hidden_states: str | None,
+        backend: Backend,
+        folder: Path | None,
+    ) -> Self:
         """Add what ``budget`` has for generation: a KV cache, and a bound on activations. Pages go below ``folder``.
 
         Where that cannot be, the session is closed and the error raised."""
         try:
             self._generation = make_generation(
-                self.module, budget, kv_format=kv_format, backend=backend, recorder=self._tally, folder=folder
+                self.module,
+                budget,
+                kv_format=kv_format,
+                hidden_states=hidden_states,
+                backend=backend,
+                recorder=self._tally,
+                folder=folder,
             )
         except BaseException:
             self.close()
