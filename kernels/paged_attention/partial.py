@@ -154,7 +154,7 @@ def _fold_mask(mask: Tensor, heads: int, group: int, queries: int) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Partial:
     """By what is fastest. On a CPU float16, and few queries in bfloat16, are slower than the same made float32."""
     rows, heads, queries, _ = q.shape
-    if softcap is not None or q.device.type not in ("cpu", "cuda"):
+    if softcap is not None or q.device.type not in ("cpu", "cuda") or (q.is_cuda and q.dtype == torch.float64):
         step = _SCORES // (rows * heads * queries)
         return _in_float32(lambda q, k, v, mask: _plain(q, k, v, mask, scale, softcap), step, q, k, v, mask)
     if q.device.type == "cuda":
@@ -239,7 +239,7 @@ def _fused_on_cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     q, k, v = (_wide(t, -(-t.shape[3] // 8) * 8) for t in (q, k, v))
     added = None
     if mask is not None:
-        added = pad(mask.to(q.dtype), (0, -keys % 8))[..., :keys].expand(*q.shape[:3], keys)
+        added = pad(mask.to(q.dtype), (0, -keys % 8)).contiguous()[..., :keys].expand(*q.shape[:3], keys)
     found = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, added, True, scale=scale)
     out, lse = found[0][..., :size].float(), found[1][..., :queries]
     if mask is not None:
