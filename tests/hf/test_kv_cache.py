@@ -224,7 +224,7 @@ class DamagedFile(PageFile):
 
     def read(self, requests: Any) -> Any:
         self.reads += 1
-        if self.reads % 9 == 7 and self.damaged < 5:
+        if self.reads % 9 == 7 and self.damaged < 3:
             self.damaged += 1
             with open(self._file.path, "r+b") as raw:
                 raw.seek(requests[0].run.extent.offset + requests[0].first * self.cell_nbytes)
@@ -241,10 +241,10 @@ def test_pages_that_are_lost_are_computed_again(name: str, tmp_path: Path, monke
         return files[-1]
 
     monkeypatch.setattr(memory, "PageFile", damaged)
-    rows = left_padded((60, 44))
-    want, _ = generated(model, **rows, new=30)
+    rows = left_padded((45, 31))
+    want, _ = generated(model, **rows, new=16)
     with paged(model, tmp_path, kv_hbm=smallest(model, kv_nvme=1 << 20) * 2, kv_nvme=1 << 20):
-        found, _ = generated(model, **rows, new=30)
+        found, _ = generated(model, **rows, new=16)
     assert sum(file.damaged for file in files) > 1
     assert torch.equal(found, want)
 

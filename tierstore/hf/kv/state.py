@@ -106,6 +106,8 @@ class CacheState:
         passing, self.passing = self.passing, None
         if passing is None:
             return
+        if len(passing.written) < len(self.memory.kind_of):
+            self.tokens = None  # some layers were left out: these are no pages for others to find
         for kind in passing.kinds:
             kind.finish()
         if not self.recording:
