@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 
 from tierstore.errors import ModuleError
+from tierstore.kernels.kv_pages.layout import CODE_BITS
 from tierstore.kvformats.format import KvFormat
 from tierstore.kvformats.packed import Packed
 from tierstore.kvformats.plain import Raw
 
 PLAIN = "plain"
-RECENT_TOKENS = {"fp8": 64, "int8": 64, "int4": 128, "fp4": 128, "int2": 128}
-"""Of each packed format, the newest tokens that stay unpacked."""
-KV_FORMAT_NAMES = (PLAIN, "bf16", *RECENT_TOKENS)
+RECENT_TOKENS = 128
+"""The newest tokens of a sequence, which stay unpacked: much attention is on them."""
+KV_FORMAT_NAMES = (PLAIN, "bf16", *CODE_BITS)
 """The names of all formats, in the order in which documents list them."""
 
 
@@ -25,6 +26,6 @@ def kv_format(name: str | None, dtype: torch.dtype) -> KvFormat:
         return Raw(PLAIN, dtype, plain=True)
     if name == "bf16":
         return Raw(name, torch.bfloat16, plain=dtype == torch.bfloat16)
-    if name in RECENT_TOKENS:
-        return Packed(name, RECENT_TOKENS[name])
+    if name in CODE_BITS:
+        return Packed(name, RECENT_TOKENS)
     raise ModuleError(f"no KV format is called {name!r}: choose one of {', '.join(KV_FORMAT_NAMES)}")
