@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 
-from tierstore.contracts import Buffer, CellRead, CopyEngine, Fence
+from tierstore.contracts import Buffer, CellRead, CopyEngine, Fence, PageStore
 from tierstore.errors import PageLostError, StoreError, StoreFullError, TierstoreError
 from tierstore.events import Event
 from tierstore.page_plan import KindPlan, OpenLayout, PageKind
@@ -260,7 +260,15 @@ def make_plan(
 class PagerBench:
     """A pager, and what it should hold: ``truth`` of closed cells, ``raw`` of open ones."""
 
-    def __init__(self, plan: KindPlan, seed: int, *, engine: CopyEngine | None = None, discrete: bool = True) -> None:
+    def __init__(
+        self,
+        plan: KindPlan,
+        seed: int,
+        *,
+        engine: CopyEngine | None = None,
+        discrete: bool = True,
+        file: PageStore | None = None,
+    ) -> None:
         self.plan = plan
         self.random = Random(seed)
         self.events: list[Event] = []
@@ -283,7 +291,7 @@ class PagerBench:
             ring=self.ring,
             ram=self.ram,
             staging=self.staging,
-            file=self.store,
+            file=file or self.store,
             engine=self.engine,
             recorder=self.events.append,
         )
@@ -357,6 +365,11 @@ class PagerBench:
             self.pager.expect([(layer, tuple(pages)) for layer in self.layers])
         for layer in self.layers:
             self.read(layer, pages)
+
+    def in_hbm(self, layer: int, pages: Iterable[int]) -> list[int]:
+        """Which of ``pages`` are read from HBM where they are."""
+        cells = self.pager._places.cells[layer]
+        return [page for page in pages if cells[page].closed and cells[page].frame >= 0]
 
     def settle(self) -> None:
         """Let every move end."""

@@ -42,7 +42,7 @@ class VisitOrder:
 
     def _is(self, visit: int, layer: int, pages: tuple[int, ...]) -> bool:
         expected_layer, expected = self.item(visit)
-        return expected_layer == layer and (expected == pages or set(expected) <= set(pages))
+        return expected_layer == layer and (expected == pages[: len(expected)] or set(expected) <= set(pages))
 
     def renumber(self, visits: Iterable[tuple[int, int]]) -> Iterator[int]:
         """The visits of this order that ``(visit, layer)``, ascending visits of an earlier one, stand for; ends where

@@ -66,6 +66,7 @@ class Pager:
             names=[f"kv of layer {layer}" for layer in layers],
         )
         self._shut = False
+        self._freed = False  # since the last `expect`: there may be room
         self._spill = Spill(plan, self._places, self._transport, lend=self._ring.lend)
 
     def open(self, page: int) -> None:
@@ -109,7 +110,7 @@ class Pager:
         self._spill.poll(but=cell.layer)
         is_open = self._places.open_cells
         if run_is_full(self._plan, len(is_open), len(self._places.standing[cell.layer])):
-            self._spill.down(self._places.last_standing(cell.layer, self._plan.run_cells))
+            self._spill.down(self._places.next_to_leave(cell.layer, self._plan.run_cells))
         if page not in is_open:  # the next page will be opened soon: frames for it are there by then
             self._send_down(self._page_frames - self._places.hbm.free - self._spill.under_way)
 
@@ -139,11 +140,17 @@ class Pager:
         """Forget pages; numbers that hold nothing are passed over."""
         for page in pages:
             self._spill.release(self._places.forget(page))
+            self._freed = True
 
     def expect(self, order: Sequence[tuple[int, tuple[int, ...]]]) -> None:
-        """Which ``(layer, pages)`` compute reads from now on, in order, over and over."""
+        """Which ``(layer, pages)`` compute reads from now on, in order, over and over. Where there is room they come
+        back to HBM for good; other pages are the first to go down."""
         self._spill.poll()
-        self._ring.expect(tuple((self._index[layer], tuple(pages)) for layer, pages in order))
+        items = tuple((self._index[layer], tuple(pages)) for layer, pages in order)
+        if self._ring.expect(items) or self._freed:
+            self._freed = False
+            self._places.expect(items)
+            self._bring_back(items)
 
     def waves(self, layer: int, pages: Sequence[int]) -> Iterator[Wave]:
         """The closed cells of ``pages`` in ``layer``: first what is in place, then the rest as it comes.
@@ -172,11 +179,7 @@ class Pager:
         """Bring the cells of ``pages`` back to HBM as far as there is room; the rest streams."""
         pages = tuple(pages)
         self._spill.poll()
-        quota = quota_now(self._plan, len(self._places.open_cells))
-        room = (self._places.hbm.free - self._page_frames) // len(self._layers)
-        for index, layer in enumerate(self._layers):
-            cells = (self._cell(layer, page) for page in pages)
-            self._spill.up(cells, min(room, quota - len(self._places.standing[index])))
+        self._bring_back([(index, pages) for index in range(len(self._layers))])
 
     def usage(self) -> PagerUsage:
         """What is where, and what was moved."""
@@ -202,8 +205,10 @@ class Pager:
         """End all that is under way. Idempotent."""
         self._shut = True
         self._ring.close()
-        self._spill.wait_all()
-        self._transport.close()
+        try:
+            self._spill.wait_all()
+        finally:
+            self._transport.close()
 
     @property
     def _page_frames(self) -> int:
@@ -211,6 +216,15 @@ class Pager:
         for every open page, since the layers of a page close one after another."""
         spare = 0 if self._plain else len(self._places.open_cells) + 1
         return len(self._layers) * self._plan.open.frames + spare
+
+    def _bring_back(self, items: Iterable[tuple[int, tuple[int, ...]]]) -> None:
+        """Let cells that would stream come to HBM as far as quotas and free frames allow."""
+        quota = min(self._plan.quota, quota_now(self._plan, len(self._places.open_cells)))
+        share = (self._places.hbm.free - self._page_frames) // len(self._layers)
+        for layer, pages in items:
+            room = min(share, quota - len(self._places.standing[layer]) - self._spill.coming(layer))
+            if room > 0:
+                self._spill.up(self._splitter.split(layer, pages).streamed, room)
 
     def _stream(self, layer: int, split: Split) -> Iterator[Wave]:
         yield from split.here
@@ -262,5 +276,5 @@ class Pager:
         started = False
         standing = [len(cells) for cells in self._places.standing]
         for descent in make_room(standing, self._plan.run_cells, frames):
-            started |= self._spill.down(self._places.last_standing(descent.layer, descent.count))
+            started |= self._spill.down(self._places.next_to_leave(descent.layer, descent.count))
         return started

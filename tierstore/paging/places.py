@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from tierstore.contracts import PageRun
 from tierstore.paging.frames import FrameList
@@ -54,6 +55,7 @@ class Places:
         self.standing: list[dict[Cell, None]] = [{} for _ in range(layers)]
         self.epochs = [0] * layers
         self.departures = 0
+        self.expected: list[frozenset[int] | None] = [None] * layers
         self.open_cells: dict[int, int] = {}  # of each page: the layers in which it is open
 
     def open(self, page: int, frames: int) -> None:
@@ -92,10 +94,22 @@ class Places:
         self.standing[cell.layer][cell] = None
         self.epochs[cell.layer] += 1
 
-    def last_standing(self, layer: int, count: int) -> tuple[Cell, ...]:
-        """The ``count`` cells of a layer that closed last: those that closed first stay in HBM."""
-        standing = reversed(self.standing[layer])
-        return tuple(reversed([cell for cell, _ in zip(standing, range(count), strict=False)]))
+    def expect(self, items: Sequence[tuple[int, tuple[int, ...]]]) -> None:
+        """Which pages each layer reads in turn: the others are the first to go down."""
+        self.expected = [None] * len(self.cells)
+        sets = {id(pages): pages for _, pages in items}  # most layers share one tuple
+        known = {number: frozenset(pages) for number, pages in sets.items()}
+        for layer, pages in items:
+            before, now = self.expected[layer], known[id(pages)]
+            self.expected[layer] = now if before is None else before | now
+
+    def next_to_leave(self, layer: int, count: int) -> tuple[Cell, ...]:
+        """``count`` standing cells: first those that nobody reads, then those that closed last. Others stay."""
+        standing, expected = self.standing[layer], self.expected[layer]
+        idle = [] if expected is None else [cell for cell in standing if cell.page not in expected][:count]
+        left = dict.fromkeys(idle)
+        last = islice((cell for cell in reversed(standing) if cell not in left), count - len(idle))
+        return (*idle, *reversed(tuple(last)))
 
     def leave(self, cell: Cell) -> None:
         """The copy of a cell in HBM is dropped: its bytes are below."""

@@ -72,11 +72,11 @@ class Ring:
         self.misses = 0
         self.stall_seconds = 0.0
 
-    def expect(self, items: Sequence[Item]) -> None:
-        """From now on layers read ``items``, the first of them next."""
+    def expect(self, items: Sequence[Item]) -> bool:
+        """From now on layers read ``items``, the first of them next; whether that is news."""
         if not self._order.set(items):
             self.advance()
-            return
+            return False
         fetches, self._queue = self._queue, deque()
         visits = self._order.renumber((fetch.visit, fetch.cells[0].layer) for fetch in fetches)
         for fetch in fetches:
@@ -88,6 +88,7 @@ class Ring:
                 self._queue.append(fetch)
         self._plan_from(self._order.cursor)
         self.advance()
+        return True
 
     def visit(self, layer: int, pages: tuple[int, ...]) -> None:
         """``layer`` reads ``pages`` now, and all of them are in place."""

@@ -44,6 +44,10 @@ class Spill:
         """Frames of HBM that moves down will free, if all goes well."""
         return sum(len(move.cells) for move in self._moves if not move.hbm)
 
+    def coming(self, layer: int) -> int:
+        """Cells of a layer that are on their way up."""
+        return sum(len(move.cells) for move in self._moves if move.hbm and move.cells[0].layer == layer)
+
     def down(self, cells: Sequence[Cell]) -> bool:
         """Take standing cells down, at most a run; False when none of them can go anywhere now."""
         started = False
@@ -60,10 +64,9 @@ class Spill:
             return True
         return (self._to_ram(cells[:free]) if free else False) or started
 
-    def up(self, cells: Iterable[Cell], room: int) -> int:
-        """Bring cells that are below, ``room`` at most, back to HBM frames; how many are coming."""
-        coming = [cell for cell in cells if cell.closed and cell.frame == NOWHERE and cell.is_down]
-        coming = [cell for cell in coming if not cell.moving and not cell.lost][: max(room, 0)]
+    def up(self, cells: Iterable[Cell], room: int) -> None:
+        """Bring cells that are below, ``room`` at most, back to HBM frames."""
+        coming = [cell for cell in cells if not cell.moving][: max(room, 0)]
         for group in groups(coming, self._plan.run_cells):
             frames = self._places.hbm.take(len(group))
             try:
@@ -72,7 +75,6 @@ class Spill:
                 self._places.hbm.give_back(frames)
                 raise
             self._begin(_Move(group, fence, hbm=frames))
-        return len(coming)
 
     def poll(self, *, but: int = NOWHERE) -> None:
         """Note what is over, except in layer ``but``: its cells are read next, where they are, not fetched."""
