@@ -47,13 +47,16 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def get_seq_length(self) -> int:
         return self._state.columns_of(self._layer)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """Keys that are handed out with so many queries, once given as their columns, and the column of the first."""
         past = self.get_seq_length()
         first = self._state.first_column(self._layer, past)
-        return past - first + int(query_length), first
+        return past - first + (query_length if isinstance(query_length, int) else len(query_length)), first
 
     def get_max_length(self) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length  # its former name
 
     def reset(self) -> None:
         self._state.clear()
@@ -77,6 +80,11 @@ class PagedCache(Cache):
             ]
         )
         weakref.finalize(self, memory.drop, self.state.rows).atexit = False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of each layer, that it keeps no recurrent state."""
+        return [False] * len(self.layers)
 
     @property
     def sequences(self) -> tuple[int, ...]:

@@ -31,12 +31,17 @@ class LazyMask(LazyTensor):
     @classmethod
     def of(cls, original: str, arguments: Mapping[str, Any]) -> LazyMask:
         """The mask that the function registered as ``original`` makes of ``arguments``."""
-        shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
+        columns = arguments.get("cache_position")  # what transformers once gave instead of the queries' numbers
+        if columns is None:
+            queries, query_offset, device = (arguments[name] for name in ("q_length", "q_offset", "device"))
+        else:
+            queries, query_offset, device = len(columns), int(columns[0]), columns.device
+        shape = (arguments["batch_size"], 1, queries, arguments["kv_length"])
         dtype = torch.bool if original == "sdpa" else arguments.get("dtype", torch.float32)
-        mask = cls.shaped(shape, dtype, torch.device(arguments["device"]))
+        mask = cls.shaped(shape, dtype, torch.device(device))
         mask.function = arguments["mask_function"]
         mask.key_offset = arguments["kv_offset"]
-        mask._query_offset = arguments["q_offset"]
+        mask._query_offset = query_offset
         mask._by_vmap = arguments.get("use_vmap", False)
         mask._make = lambda **changes: ALL_MASK_ATTENTION_FUNCTIONS[original](**{**arguments, **changes})
         mask._whole = ()
