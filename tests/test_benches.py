@@ -165,3 +165,16 @@ def test_smoke_run_of_kv(tmp_path: Path) -> None:
     assert figures["read_nbytes_per_token"] > 0.8 * figures["full_pages_nbytes"]
     assert figures["held_pages"]["4"] < 2 * figures["held_pages"]["1"]
     assert [path.name for path in tmp_path.iterdir()] == ["out.txt"]
+
+
+def test_smoke_run_of_kv_accuracy(tmp_path: Path) -> None:
+    out = tmp_path / "out.txt"
+    done = run("bench_kv_accuracy.py", "--smoke", "--threads=1", "--formats", "plain", "int8", "int4", "--out", out)
+    assert done.returncode == 0, done.stderr
+    table, _, line = done.stdout.rstrip("\n").rpartition("\n\n")
+    assert out.read_text() == done.stdout
+    assert "int4: mean KL" in table
+    figures: dict[str, Any] = json.loads(line)["figures"]
+    assert figures["plain"]["kl"] == 0
+    assert 0 < figures["int8"]["kl"] < figures["int4"]["kl"] < 1e-4
+    assert figures["int8"]["unpacked_bytes_per_second"] > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import exp
 from typing import Any
@@ -37,8 +37,13 @@ def log_probabilities(model: Any, windows: Tensor) -> Iterator[Tensor]:
 
 def compare(reference: list[Tensor], model: Any, windows: Tensor) -> Likeness:
     """How like ``model`` is to the one whose log-probabilities are the ``reference``."""
+    return likeness_of(reference, log_probabilities(model, windows), windows)
+
+
+def likeness_of(reference: Iterable[Tensor], others: Iterable[Tensor], windows: Iterable[Tensor]) -> Likeness:
+    """How like log-probabilities [length, vocabulary] are to those of the ``reference``, for the tokens of windows."""
     kl, own, theirs = [], [], []
-    for window, true, found in zip(windows, reference, log_probabilities(model, windows), strict=True):
+    for window, true, found in zip(windows, reference, others, strict=True):
         kl.append((true.exp() * (true - found)).sum(-1).mean())
         own.append(_surprise(found, window))
         theirs.append(_surprise(true, window))
