@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -18,6 +18,9 @@ from tierstore.paging.pager import Pager
 from tierstore.testing.adversary import AdversaryEngine
 
 GARBAGE = 0xEE
+
+TIERS = [(0, 0), (30, 0), (0, 200), (7, 200)]
+"""Frames in RAM and cells in the store."""
 
 
 class Late:
@@ -392,3 +395,20 @@ class PagerBench:
         assert self.pager._ring._slots.free == self.pager._ring._slots.count
         assert self.store is None or not self.store.runs
         self.engine.check()
+
+
+def bench(
+    tiers: tuple[int, int],
+    seed: int = 0,
+    *,
+    discrete: bool = True,
+    plain: bool = False,
+    engine: CopyEngine | None = None,
+    **plan: Any,
+) -> PagerBench:
+    ram_frames, nvme_slots = tiers
+    frames = plan.pop("frames", 14 if sum(tiers) else 60)
+    made = make_plan(
+        frames=frames, quota=plan.pop("quota", 2), ram_frames=ram_frames, nvme_slots=nvme_slots, plain=plain, **plan
+    )
+    return PagerBench(made, seed, discrete=discrete, engine=engine)

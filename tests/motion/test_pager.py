@@ -4,47 +4,16 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+import torch
 
-from tests.motion.pager_bench import FakeRun, PagerBench, make_plan
-from tierstore.contracts import CopyEngine
+from tests.motion.pager_bench import TIERS, FakeRun, PagerBench, bench, make_plan
 from tierstore.copies.cpu import CpuCopyEngine
 from tierstore.errors import CapacityError, PageLostError, SessionClosedError, StoreError, StoreFullError
 from tierstore.events import Missed, Moved
-from tierstore.paging.going_down import make_room
+from tierstore.paging.pager import Pager
 from tierstore.stores.page_file import PageFile
-
-TIERS = [(0, 0), (30, 0), (0, 200), (7, 200)]
-"""Frames in RAM and cells in the store."""
-
-
-def bench(
-    tiers: tuple[int, int],
-    seed: int = 0,
-    *,
-    discrete: bool = True,
-    plain: bool = False,
-    engine: CopyEngine | None = None,
-    **plan: Any,
-) -> PagerBench:
-    ram_frames, nvme_slots = tiers
-    frames = plan.pop("frames", 14 if sum(tiers) else 60)
-    made = make_plan(
-        frames=frames, quota=plan.pop("quota", 2), ram_frames=ram_frames, nvme_slots=nvme_slots, plain=plain, **plan
-    )
-    return PagerBench(made, seed, discrete=discrete, engine=engine)
 
 
 @pytest.mark.parametrize("discrete", [True, False])
@@ -360,6 +329,19 @@ def test_misuse_is_an_error() -> None:
             ask()
 
 
+def test_memory_that_is_too_small_is_refused() -> None:
+    made = bench((7, 200))
+    good = {"region": made.region, "ring": made.ring, "ram": made.ram, "staging": made.staging, "file": made.store}
+    for name in ("region", "ring", "ram", "staging"):
+        buffer = good[name]
+        assert isinstance(buffer, torch.Tensor)
+        with pytest.raises(ValueError, match=rf"{name} has {buffer.numel() - 1} bytes"):
+            Pager(made.plan, layers=made.layers, engine=made.engine, recorder=print, **(good | {name: buffer[1:]}))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="pass through staging"):
+        Pager(made.plan, layers=made.layers, engine=made.engine, recorder=print, **(good | {"staging": None}))  # type: ignore[arg-type]
+    made.end()
+
+
 def test_shut_ends_what_is_under_way() -> None:
     for discrete in (True, False):
         for seed in range(4):
@@ -368,182 +350,3 @@ def test_shut_ends_what_is_under_way() -> None:
             made.pager.expect([(layer, tuple(range(8))) for layer in made.layers])
             made.pager.pause(range(8))
             made.end()
-
-
-@given(
-    standing=st.lists(st.integers(0, 9), min_size=1, max_size=6),
-    run_cells=st.integers(1, 4),
-    frames=st.integers(0, 40),
-)
-def test_room_is_made_in_whole_runs_from_those_that_have_most(standing: list[int], run_cells: int, frames: int) -> None:
-    descents = make_room(standing, run_cells, frames)
-    left = list(standing)
-    for descent in descents:
-        assert left[descent.layer] == max(left)
-        assert descent.count == min(run_cells, left[descent.layer])
-        left[descent.layer] -= descent.count
-    gone = sum(standing) - sum(left)
-    assert gone >= min(frames, sum(standing))
-    assert gone - (descents[-1].count if descents else 0) < max(frames, 1)
-
-
-class PagerMachine(RuleBasedStateMachine):
-    """Pages of a few numbers are opened, written, closed, read, paused and freed in any order, while stores fail."""
-
-    @initialize(
-        seed=st.integers(0, 1 << 16),
-        tiers=st.sampled_from(TIERS),
-        plain=st.booleans(),
-        discrete=st.booleans(),
-        frames=st.integers(14, 24),
-        ring_slots=st.sampled_from([2, 3, 4, 17]),
-        staging_slots=st.sampled_from([2, 9]),
-        run_cells=st.integers(1, 3),
-        quota=st.integers(0, 3),
-    )
-    def begin(self, seed: int, tiers: tuple[int, int], plain: bool, discrete: bool, **plan: Any) -> None:
-        if not sum(tiers):
-            plan["ring_slots"] = 0
-        self.bench = bench(tiers, seed, plain=plain, discrete=discrete, **plan)
-        self.lost: set[int] = set()
-        self.troubled = False
-
-    @property
-    def closed(self) -> list[int]:
-        truth = self.bench.truth
-        return sorted({page for _, page in truth if all((layer, page) in truth for layer in self.bench.layers)})
-
-    @property
-    def open(self) -> list[int]:
-        bench = self.bench
-        return sorted({page for layer, page in bench.raw if bench.pager.is_open(layer, page)})
-
-    @rule(page=st.integers(0, 9))
-    def open_page(self, page: int) -> None:
-        bench, plan = self.bench, self.bench.plan
-        try:
-            bench.open(page)
-        except CapacityError:
-            usage = bench.pager.usage()
-            need = (1 + len(self.open)) * (0 if plan.kind.plain else 1) + len(bench.layers) * plan.open.frames
-            taken = usage.open_cells * plan.open.frames
-            stuck = 0 if plan.ram_frames or plan.nvme_slots else usage.hbm_cells
-            assert self.troubled or plan.frames - taken - stuck < need
-        self.lost.discard(page)
-
-    @precondition(lambda self: self.open)
-    @rule(data=st.data())
-    def close_page(self, data: st.DataObject) -> None:
-        page = data.draw(st.sampled_from(self.open))
-        self.bench.close(page)
-
-    @precondition(lambda self: self.open)
-    @rule(data=st.data())
-    def write(self, data: st.DataObject) -> None:
-        self.bench.write(data.draw(st.sampled_from(self.bench.layers)), data.draw(st.sampled_from(self.open)))
-
-    @precondition(lambda self: self.closed)
-    @rule(data=st.data())
-    def free(self, data: st.DataObject) -> None:
-        pages = data.draw(st.lists(st.sampled_from(self.closed), unique=True))
-        self.bench.free(pages)
-        self.lost -= set(pages)
-
-    @rule(data=st.data(), expect=st.booleans(), laps=st.integers(1, 3))
-    def read_pages(self, data: st.DataObject, expect: bool, laps: int) -> None:
-        pages = data.draw(st.lists(st.sampled_from(self.closed), unique=True)) if self.closed else []
-        for lap in range(laps):
-            if expect and not lap:
-                self.bench.pager.expect([(layer, tuple(pages)) for layer in self.bench.layers])
-            for layer in self.bench.layers:
-                self.read(layer, pages)
-
-    @precondition(lambda self: self.closed)
-    @rule(data=st.data())
-    def read_out_of_turn(self, data: st.DataObject) -> None:
-        layer = data.draw(st.sampled_from(self.bench.layers))
-        self.read(layer, data.draw(st.lists(st.sampled_from(self.closed), unique=True)))
-
-    @precondition(lambda self: self.closed)
-    @rule(data=st.data())
-    def leave_in_the_middle(self, data: st.DataObject) -> None:
-        layer = data.draw(st.sampled_from(self.bench.layers))
-        try:
-            waves = self.bench.pager.waves(layer, self.closed)
-            next(waves, None)
-        except PageLostError:
-            assert self.lost
-
-    @precondition(lambda self: self.closed)
-    @rule(data=st.data(), back=st.booleans())
-    def pause(self, data: st.DataObject, back: bool) -> None:
-        pages = data.draw(st.lists(st.sampled_from(self.closed), unique=True))
-        if back:
-            self.bench.pager.resume(pages)
-        else:
-            self.bench.pager.pause(pages)
-
-    @precondition(lambda self: self.closed)
-    @rule(data=st.data())
-    def reopen(self, data: st.DataObject) -> None:
-        bench, page = self.bench, data.draw(st.sampled_from(self.closed))
-        if page in self.lost:
-            return
-        try:
-            bench.pager.reopen(page)
-        except CapacityError:
-            return
-        for layer in bench.layers:
-            bench.write(layer, page)
-            bench.pager.reopened(layer, page)
-            del bench.truth[layer, page]
-
-    @precondition(lambda self: self.bench.store is not None)
-    @rule(full=st.booleans(), failing=st.booleans())
-    def trouble(self, full: bool, failing: bool) -> None:
-        assert self.bench.store is not None
-        self.troubled = self.troubled or full or failing
-        self.bench.store.full, self.bench.store.failing = full, failing
-
-    @precondition(lambda self: self.bench.store is not None and self.bench.store.runs)
-    @rule(data=st.data())
-    def lose(self, data: st.DataObject) -> None:
-        assert self.bench.store is not None
-        run = data.draw(st.sampled_from(self.bench.store.runs))
-        self.bench.settle()
-        if run.data:
-            at = data.draw(st.sampled_from(sorted(run.data)))
-            del run.data[at]
-            cells = [cell for cells in self.bench.pager._places.cells for cell in cells.values()]
-            self.lost |= {cell.page for cell in cells if cell.run is run and cell.at == at}
-
-    @invariant()
-    def open_pages_are_what_was_written(self) -> None:
-        for page in self.open:
-            for layer in self.bench.layers:
-                if self.bench.pager.is_open(layer, page):
-                    self.bench.check_open(layer, page)
-
-    def read(self, layer: int, pages: list[int]) -> None:
-        try:
-            self.bench.read(layer, pages)
-        except PageLostError as error:
-            cells = error.cells
-        else:
-            return
-        assert cells
-        assert {named for named, _ in cells} == {layer}
-        assert {page for _, page in cells} <= self.lost
-
-    def teardown(self) -> None:
-        if hasattr(self, "bench"):
-            self.bench.end()
-
-
-def test_random_use_is_right() -> None:
-    run_state_machine_as_test(
-        PagerMachine,
-        settings=settings(
-            max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-        ),
-    )

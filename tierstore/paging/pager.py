@@ -26,7 +26,7 @@ class Pager:
     ``ram`` ``plan.ram_frames`` frames of pinned host memory, ``staging`` ``plan.staging_slots`` slots of it. Whoever
     made the memory and ``file`` keeps them until after ``shut``. ``page`` is a number that the caller chooses.
 
-    Raises ``KeyError`` for a layer or a page that it does not know.
+    Raises ``KeyError`` for a layer or a page that it does not know, ``ValueError`` for memory that is too small.
     """
 
     def __init__(
@@ -42,6 +42,16 @@ class Pager:
         engine: CopyEngine,
         recorder: Recorder,
     ) -> None:
+        for name, buffer, nbytes in (
+            ("region", region, plan.region_nbytes),
+            ("ring", ring, plan.ring_nbytes),
+            ("ram", ram, plan.ram_nbytes),
+            ("staging", staging, plan.staging_nbytes),
+        ):
+            if buffer is not None and buffer.numel() < nbytes:
+                raise ValueError(f"{name} has {buffer.numel()} bytes, the plan needs {nbytes}: give as many")
+        if file is not None and file.cell_nbytes != plan.frame_nbytes:
+            raise ValueError(f"the page store has cells of {file.cell_nbytes} bytes, frames are {plan.frame_nbytes}")
         self.region = region
         self._plan = plan
         self._layers = tuple(layers)
