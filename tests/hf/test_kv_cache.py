@@ -83,11 +83,11 @@ def test_a_crop_goes_back(name: str, format: str | None) -> None:
     model = decoder(name)
     with paged(model, format=format) as made:
         made.cache.activate_past_recording()
-        logits(model, prompt(150), made.cache)
-        made.cache.crop(-70)
-        assert made.cache.get_seq_length() == 80
+        logits(model, prompt(260), made.cache)
+        made.cache.crop(-216)
+        assert made.cache.get_seq_length() == 44
         plain = DynamicCache(config=model.config)
-        logits(model, prompt(150)[:, :80], plain)
+        logits(model, prompt(260)[:, :44], plain)
         for length in (1, 9, 40):
             new = prompt(length, seed=length)
             torch.testing.assert_close(

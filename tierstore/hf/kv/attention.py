@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tierstore.errors import ModuleError
+from tierstore.hf.kv.decoding import decodable
 from tierstore.hf.kv.gathering import States
 from tierstore.hf.kv.masks import LazyMask, lazily
 from tierstore.hf.kv.paged import attend
@@ -55,7 +56,8 @@ def paged_attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]
         if not (isinstance(key, PagedStates) and isinstance(value, PagedStates) and key.states is value.states):
             return call(module, query, key, value, _whole(attention_mask), scaling=scaling, dropout=0.0, **kwargs)
         state, layer = cast(CacheState, key.states.source), key.states.layer
-        into = _room(state, layer, query, attention_mask, original, kwargs)
+        in_place = decodable(state, layer, query, attention_mask) is not None
+        into = None if in_place else _room(state, layer, query, attention_mask, original, kwargs)
         if into is None:
             out = attend(state, layer, query, attention_mask, scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
             weights = None

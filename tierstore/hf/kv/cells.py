@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import cast
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tierstore.contracts import Buffer
 from tierstore.kvformats.format import KvFormat, KvShape
+from tierstore.kvformats.plain import Raw
 from tierstore.page_kinds import FRAME_ALIGN
 from tierstore.page_plan import KindPlan
 
@@ -47,6 +48,27 @@ class Cells:
     def piece_tokens(self) -> int:
         """Tokens of an open page that stand in one frame."""
         return self._open.piece_tokens
+
+    @property
+    def raw_dtype(self) -> torch.dtype | None:
+        """The dtype of closed cells that are keys, then values, and nothing else; None for packed ones."""
+        return self.form.dtype if isinstance(self.form, Raw) else None
+
+    @property
+    def value_offset(self) -> int:
+        """Bytes before the values of a closed cell that has a ``raw_dtype``."""
+        return self.shape.page_tokens * self.shape.heads * self.shape.key_dim * (self.raw_dtype or self.dtype).itemsize
+
+    def offsets_of(self, frames: Iterable[Frames]) -> tuple[list[list[int]], list[list[int]]]:
+        """Of each open cell, at which bytes of the region the pieces of its keys are, and those of its values."""
+        size, layout = self.frame_nbytes, self._open
+        keys, values = [], []
+        for cell in frames:
+            at = [layout.keys_at(part) for part in range(layout.parts)]
+            keys.append([cell[number] * size + offset for number, offset in at])
+            at = [layout.values_at(part) for part in range(layout.parts)]
+            values.append([cell[number] * size + offset for number, offset in at])
+        return keys, values
 
     # ---- open cells
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -27,6 +28,9 @@ class LazyMask(LazyTensor):
     function: MaskFunction
     padding: Tensor | None  # bool [B, columns], False where nothing may be seen
     key_offset: int
+    window: float | None
+    """How many columns a query sees, its own the last, padding aside: infinity for all; None where it is another
+    pattern."""
 
     @classmethod
     def of(cls, original: str, arguments: Mapping[str, Any]) -> LazyMask:
@@ -43,6 +47,7 @@ class LazyMask(LazyTensor):
         mask.key_offset = arguments["kv_offset"]
         mask._query_offset = query_offset
         mask._by_vmap = arguments.get("use_vmap", False)
+        mask.window = _window(arguments)
         mask._make = lambda **changes: ALL_MASK_ATTENTION_FUNCTIONS[original](**{**arguments, **changes})
         mask._whole = ()
         columns = mask.key_offset + shape[3]
@@ -56,11 +61,6 @@ class LazyMask(LazyTensor):
     _by_vmap: bool
     _make: Callable[..., Tensor | None]
     _whole: tuple[Tensor | None, ...]
-
-    @property
-    def causal(self) -> bool:
-        """Whether a query sees just the keys up to its own column, padding aside."""
-        return cast(Any, self.function) is causal_mask_function
 
     def whole(self) -> Tensor | None:
         """What the original function gives, which may be None where the attention needs no mask."""
@@ -98,6 +98,15 @@ class LazyMask(LazyTensor):
         by_query = torch.vmap(by_key, in_dims=(None, None, 0, None))
         with TransformGetItemToIndex():
             return by_query(row, row.new_zeros(()), queries, keys)
+
+
+def _window(arguments: Mapping[str, Any]) -> float | None:
+    if cast(Any, arguments["mask_function"]) is causal_mask_function:
+        return math.inf
+    config, local = arguments.get("config"), arguments.get("local_size")
+    plain = arguments.get("allow_is_causal_skip", False) and not arguments.get("use_vmap", False)
+    chunks = getattr(config, "attention_chunk_size", None) is not None
+    return local if plain and not chunks and local == getattr(config, "sliding_window", None) else None
 
 
 def lazily(original: str) -> Callable[..., LazyMask]:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from tierstore.hf.kv.decoding import decodable, decode
 from tierstore.hf.kv.masks import LazyMask
 from tierstore.hf.kv.reading import Group
 from tierstore.hf.kv.state import CacheState
@@ -31,6 +32,10 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     kind = state.kind_of(layer)
     form = kind.cells.form
+    starts = decodable(state, layer, query, mask)
+    if starts is not None:
+        found = decode(state, layer, query, starts, scale, softcap)
+        return merge([found], sinks).to(query.dtype).transpose(1, 2).contiguous()
     most = max(state.memory.scratch.numel() // (2 * kind.cells.page_nbytes), 1)
     rotated: Tensor | None = None
     masks = Masks(state, layer, mask, query.shape[2])
@@ -111,14 +116,15 @@ class Masks:
         return seen
 
     def _sees_all(self, group: Group) -> bool:
-        """Whether all keys are old and there is nothing but causality that could hide them."""
-        if not (self._mask is None or (isinstance(self._mask, LazyMask) and self._mask.causal)):
-            return False
-        if not self._columns.trusted:
+        """Whether all keys are old, and within the window of the last query: then nothing hides any."""
+        window = math.inf if self._mask is None else self._mask.window if isinstance(self._mask, LazyMask) else None
+        if window is None or not self._columns.trusted:
             return False
         pages = [group.indices[0]] * len(group.rows) if len(group.indices) < len(group.rows) else group.indices
+        first = 0 if window == math.inf else self._columns.stop - int(window)
         return all(
             (max(indices) + 1) * self._size <= self._columns.before[r]
+            and (first <= 0 or min(indices) * self._size >= self._columns.positions_before(r, first))
             for r, indices in zip(group.rows, pages, strict=True)
         )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tierstore.hf.kv.kinds import KvKind
-from tierstore.hf.kv.rows import Growth, Rows
+from tierstore.hf.kv.rows import Growth, Row, Rows
 from tierstore.pages import GONE, PageCopy
 
 
@@ -30,6 +30,11 @@ class Columns:
         self.start, self.stop, self.stored, self.trusted, self.device = start, stop, stored, trusted, device
         self.lengths = [row.length for row in rows.rows]
         self.before = [row.before(start) for row in rows.rows]
+        self._spans = [Row([], list(row.spans)) for row in rows.rows]
+
+    def positions_before(self, row: int, column: int) -> int:
+        """Positions of a row at columns before ``column``."""
+        return self._spans[row].before(column)
 
     @cached_property
     def positions(self) -> Tensor:

@@ -18,6 +18,17 @@ Known = dict[int, tuple[Wave, list[int]]]
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where the bytes of pages are: pieces of ``piece_tokens`` tokens at bytes ``keys[i]`` and ``values[i]`` of
+    ``buffer`` for page i; a packed page is one piece, whose keys and values start with it."""
+
+    buffer: Tensor
+    keys: Sequence[Sequence[int]]
+    values: Sequence[Sequence[int]]
+    piece_tokens: int
+
+
+@dataclass(frozen=True)
 class Source:
     """Pages that can be read now: ``take`` gives keys [n, page_tokens, heads, key_dim] and values of those named.
 
@@ -26,6 +37,7 @@ class Source:
 
     pages: tuple[int, ...]
     take: Callable[[Sequence[int]], States]
+    places: Callable[[], Places]
     packed: bool = False
     whole: States | None = None
     at: Sequence[int] = ()
@@ -74,7 +86,11 @@ class Reader:
             elif frames:
                 yield self._in_region(layer, None, frames)
         elif frames:
-            yield Source(tuple(frames), lambda pages: cells.open_pages([frames[page] for page in pages]))
+            yield Source(
+                tuple(frames),
+                lambda pages: cells.open_pages([frames[page] for page in pages]),
+                lambda: Places(cells.region, *cells.offsets_of(frames.values()), cells.piece_tokens),
+            )
         while wave is not None:
             yield self._of_wave(wave)
             wave = next(waves, None)
@@ -168,13 +184,23 @@ class Reader:
             which = torch.tensor(at if tuple(wanted) == pages else [*map(number, wanted)], device=cells.device)
             return cells.keys[which], cells.values[which]
 
-        return Source(pages, take, whole=(cells.keys, cells.values), at=at)
+        def places() -> Places:
+            return Places(cells.region, *cells.offsets_of((frame,) for frame in at), cells.piece_tokens)
+
+        return Source(pages, take, places, whole=(cells.keys, cells.values), at=at)
 
     def _of_wave(self, wave: Wave) -> Source:
         offset_of = dict(zip(wave.pages, wave.offsets, strict=True))
-        cells = self._cells
+        cells, plain = self._cells, self._kind.plan.kind.plain
+
+        def places() -> Places:
+            keys = [(offset,) for offset in wave.offsets]
+            values = [(offset + cells.value_offset,) for offset in wave.offsets] if cells.raw_dtype else keys
+            return Places(cast(Tensor, wave.buffer), keys, values, cells.shape.page_tokens)
+
         return Source(
             wave.pages,
             lambda pages: cells.closed_pages(wave.buffer, [offset_of[page] for page in pages]),
-            packed=not self._kind.plan.kind.plain,
+            places,
+            packed=not plain,
         )

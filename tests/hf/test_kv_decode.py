@@ -1,0 +1,69 @@
+"""Where there are kernels, a query is answered by the pages where they lie: with the numbers of the gathered ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.edges.interpreter import Interpreter
+from tests.hf.paged import decoder, left_padded, paged, prompt
+from tierstore.hf.kv import decoding
+
+
+class Kernels:
+    """Triton's, interpreted."""
+
+    def __init__(self) -> None:
+        self.interpreter = Interpreter()
+        self.calls = {"decode": 0, "decode_raw": 0}
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls["decode"] += 1
+        return self.interpreter.call("paged_attention.triton", "decode", *args, **kwargs)
+
+    def decode_raw(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls["decode_raw"] += 1
+        return self.interpreter.call("paged_attention.triton", "decode_raw", *args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[Kernels]:
+    made = Kernels()
+    yield made
+    made.interpreter.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("LlamaForCausalLM", None),
+        ("LlamaForCausalLM", "int8"),
+        ("MistralForCausalLM", "bf16"),
+        ("Gemma2ForCausalLM", None),
+        ("GptOssForCausalLM", "int4"),
+    ],
+)
+def test_pages_answer_where_they_lie(
+    name: str, format: str | None, kernels: Kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = decoder(name, num_hidden_layers=2)
+    rows, next_one = left_padded((163, 150)), prompt(1, rows=2, seed=1)
+    mask = torch.cat([rows["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    found = []
+    for engaged in (None, kernels):
+        with paged(model, tmp_path, format=format, page_tokens=16) as made, torch.no_grad():
+            model(**rows, cache=made.cache)
+            monkeypatch.setattr(decoding, "kernels_for", lambda device, these=engaged: these)
+            found.append(model(input_ids=next_one, attention_mask=mask, cache=made.cache).logits)
+            monkeypatch.undo()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(*found)
+    assert kernels.calls["decode_raw"]
+
+
+def test_packed_pages_were_read_packed(kernels: Kernels) -> None:
+    assert kernels.calls["decode"]
