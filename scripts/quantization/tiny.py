@@ -26,6 +26,6 @@ def make_tiny_model(folder: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=1024,
+        max_position_embeddings=64,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
