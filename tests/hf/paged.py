@@ -107,7 +107,7 @@ def left_padded(lengths: tuple[int, ...], seed: int = 0) -> dict[str, Any]:
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
 
 
-def generated(model: Any, new: int = 12, seed: int = 0, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+def generated(model: Any, new: int = 9, seed: int = 0, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Tokens, and the logits of each step."""
     torch.manual_seed(seed)
     found = model.generate(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def test_a_padded_conversation_goes_on(llama: Any) -> None:
 
     with paged(llama) as made:
         found = talk(made.cache)
-        assert made.cache.sequences == (15 + 12 + 6 + 11, 9 + 12 + 11 + 11)  # no padding
+        assert made.cache.sequences == (15 + 9 + 6 + 8, 9 + 9 + 11 + 8)  # no padding
     assert torch.equal(found, talk(DynamicCache(config=llama.config)))
 
 
@@ -317,3 +318,37 @@ def test_a_cache_without_its_generation_is_still_a_cache(llama: Any) -> None:
         new, mask = prompt(2, rows=2), torch.cat([rows["attention_mask"], torch.ones(2, 2, dtype=torch.long)], 1)
         found = [llama.model(input_ids=new, attention_mask=mask, cache=cache)[0] for cache in (mine, plain)]
     assert torch.equal(*found)
+
+
+def test_a_copy_of_the_model_is_plain(llama: Any) -> None:
+    with paged(llama) as made:
+        twin = copy.deepcopy(llama)
+        found, _ = generated(twin, input_ids=prompt(9))
+        assert not len(made.cache.state.rows)
+        assert torch.equal(found, generated(llama, input_ids=prompt(9))[0])
+        assert made.cache.sequences == (17,)
+
+
+def test_a_model_that_drafts_with_its_own_first_layers_finds_no_pages_of_theirs() -> None:
+    model = decoder("LlamaForCausalLM", num_hidden_layers=3)
+    want, _ = generated(model, input_ids=prompt(27), assistant_early_exit=1)
+    with paged(model):
+        found, _ = generated(model, input_ids=prompt(27), assistant_early_exit=1)
+    assert torch.equal(found, want)
+
+
+def test_both_models_of_a_pair_have_pages(llama: Any) -> None:
+    assistant = decoder("MistralForCausalLM", num_hidden_layers=1)
+    want, _ = generated(llama, input_ids=prompt(27), assistant_model=assistant, new=20)
+    with paged(llama), paged(assistant):
+        found, _ = generated(llama, input_ids=prompt(27), assistant_model=assistant, new=20)
+    assert torch.equal(found, want)
+
+
+def test_embeddings_enter_too(llama: Any) -> None:
+    embedded = llama.get_input_embeddings()(prompt(20)).detach()
+    want, _ = generated(llama, inputs_embeds=embedded)
+    with paged(llama):
+        for _ in range(2):
+            found, _ = generated(llama, inputs_embeds=embedded)
+            assert torch.equal(found, want)

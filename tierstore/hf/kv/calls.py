@@ -39,7 +39,7 @@ class Call:
     def by_tokens(self) -> bool:
         """Whether tokens and a mask determine the keys: so they do where nothing else of that kind is given."""
         mask = self.given.get("attention_mask")
-        return (mask is None or self.mask is not None) and (self.length == 1 or standard_positions(self))
+        return (mask is None or self.mask is not None) and standard_positions(self)
 
     @property
     def batch(self) -> int:

@@ -28,6 +28,7 @@ from tierstore.hf.kv.cache import PagedCache
 from tierstore.hf.kv.calls import Call, standard_positions
 from tierstore.hf.kv.memory import PAGE_TOKENS, KvMemory
 from tierstore.hf.kv.shapes import dtype_of, layers_of
+from tierstore.hf.kv.standing import StandIn
 from tierstore.hf.splitting import CACHES, Forward
 from tierstore.kvformats.named import kv_format
 
@@ -91,9 +92,7 @@ class KvGeneration:
         self._attention = self._register(notes)
         self._stages: list[Stage] = [self._run, self._recomputing, self._in_chunks, self._reusing]
         self._generating = 0
-        self._own_generate = module.__dict__.get("generate")
-        self._generate_before: Callable[..., Any] = module.generate  # type: ignore[assignment]
-        module.__dict__["generate"] = self._generate
+        self._stand_in = StandIn(module, self._generate)
         interpose(module, self._through, outermost=True)
 
     def add(self, stage: Stage) -> None:
@@ -103,16 +102,12 @@ class KvGeneration:
     def close(self) -> None:
         """Leave the module as it was found, and release the memory. Idempotent."""
         withdraw(self.module, self._through)
-        if self.module.__dict__.get("generate") == self._generate:
-            if self._own_generate is None:
-                del self.module.__dict__["generate"]
-            else:
-                self.module.__dict__["generate"] = self._own_generate
+        self._stand_in.close()
         self.memory.close()
 
     # ---- generate
 
-    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         name = self._forward.cache
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
 
@@ -122,14 +117,14 @@ class KvGeneration:
 
         given = any(kwargs.get(each) is not None for each in CACHES)
         if given or option("use_cache") is False or option("cache_implementation") is not None:
-            return self._generate_before(*args, **kwargs)
+            return generate(*args, **kwargs)
         cache = self.cache if not self._generating else self.cache.another()
         cache.reset()
         if getattr(config, "is_assistant", False):
             cache.activate_past_recording()
         self._generating += 1
         try:
-            found = self._generate_before(*args, **kwargs, **{name: cache})
+            found = generate(*args, **kwargs, **{name: cache})
         finally:
             self._generating -= 1
         cache.state.finish()

@@ -250,7 +250,10 @@ class CacheState:
             self._undo(start, bool(any(a.copies for kind in growth.appended for a in kind.values())))
             raise
         self.stored = stored
-        self.tokens = tokens if tokens is None or self.tokens is None else torch.cat([self.tokens, tokens], 1)
+        if tokens is None or self.tokens is None:
+            self.tokens = None if tokens is None else tokens.clone()
+        else:
+            self.tokens = torch.cat([self.tokens, tokens], 1)
         self.passing = Passing(columns, kinds, self._known)
         for kind, each in zip(memory.kinds, kinds, strict=True):
             kind.pager.expect([(layer, each.closed) for layer in kind.layers])
