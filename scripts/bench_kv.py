@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from benchmark import disk
 from benchmark.command import publish, say
+from benchmark.filled import Decoder, decode
 from benchmark.machine import machine
 from benchmark.table import Row, as_text, at_most, goals_of
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import tierstore
 from tierstore import Budget
@@ -35,7 +35,6 @@ WALL_GOAL = 1.10
 BEAM_GOAL = 1.2
 BELOW = 0.9
 """The part of the KV cache that is not in HBM."""
-HEADS = 8
 STEPS, WARM = 8, 3
 
 
@@ -50,30 +49,18 @@ class Bench:
         self._format: str | None = chosen.format
         self._tokens: int = 4096 if chosen.smoke else chosen.tokens
         self._prompt = 256 if chosen.smoke else 4096
-        self._layers = 4 if chosen.smoke else 16
-        self._head_dim = 16 if chosen.smoke else 128
         torch.set_num_threads(chosen.threads)
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=512,
-            hidden_size=128 if chosen.smoke else 1024,
-            intermediate_size=256 if chosen.smoke else 1024,
-            num_hidden_layers=self._layers,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS,
-            head_dim=self._head_dim,
-            max_position_embeddings=1 << 20,
-        )
-        model: Any = LlamaForCausalLM(config)
-        self._model: Any = model.to(torch.bfloat16).eval().requires_grad_(False)
+        self._device = torch.device("cpu")
+        self._decoder = Decoder(4, 8, 16, 128) if chosen.smoke else Decoder(16, 8, 128, 1024)
+        self._model: Any = self._decoder.build(self._device)
 
     def run(self) -> None:
         """Everything, in order."""
-        raw = self._tokens * 2 * self._layers * HEADS * self._head_dim * 2
+        raw = self._decoder.kv_nbytes(self._tokens)
         roomy = {"kv_hbm": 2 * raw + (64 << 20)}
         say(f"a KV cache of {self._tokens} tokens")
         with self._session(roomy) as session:
-            self._fill(session)
+            self._decoder.fill(session.kv, self._tokens, self._device)
             cells = session.report().kv.hbm_nbytes
         tight = {"kv_hbm": int((1 - BELOW) * cells), "kv_nvme": 2 * cells}
         compute, wall = [], []
@@ -83,7 +70,7 @@ class Bench:
             say(f"decode, {BELOW:.0%} on disk")
             found = self._decode(tight)
             wall += found["seconds"]
-        self.figures |= {"in memory": compute, "on disk": wall, "kv": found["kv"], "full_pages_nbytes": cells}
+        self.figures |= {"in memory": compute, "on disk": wall, "kv": asdict(found["kv"]), "full_pages_nbytes": cells}
         self._decode_rows(statistics.median(compute), statistics.median(wall), found["read_nbytes"])
         self._sharing_rows()
 
@@ -95,31 +82,10 @@ class Bench:
         ) as session:
             yield session
 
-    def _fill(self, session: Any) -> None:
-        left = self._tokens
-        while left:
-            count = min(left, session.kv.memory.columns_at_once(1))
-            shape = (1, HEADS, count, self._head_dim)
-            keys, values = (torch.randn(shape).to(torch.bfloat16) for _ in range(2))
-            for layer in range(self._layers):
-                session.kv.update(keys, values, layer)
-            session.kv.state.finish()
-            left -= count
-
     def _decode(self, kv: dict[str, int]) -> dict[str, Any]:
-        """Seconds of each steady step, and what one of them read."""
-        with self._session(kv) as session, torch.no_grad():
-            self._fill(session)
-            token = torch.zeros((1, 1), dtype=torch.int64)
-            seconds, before = [], 0
-            for step in range(WARM + STEPS):
-                if step == WARM:
-                    before = session.report().kv.read_nbytes
-                start = time.perf_counter()
-                session.module(token, past_key_values=session.kv, use_cache=True)
-                seconds.append(time.perf_counter() - start)
-            said = session.report().kv
-        return {"seconds": seconds[WARM:], "kv": asdict(said), "read_nbytes": (said.read_nbytes - before) / STEPS}
+        with self._session(kv) as session:
+            self._decoder.fill(session.kv, self._tokens, self._device)
+            return decode(session, _timed, warm=WARM, steps=STEPS)
 
     def _decode_rows(self, compute: float, wall: float, read_nbytes: float) -> None:
         rate = self._disk_rate()
@@ -170,6 +136,12 @@ class Bench:
             session.module.generate(rows, attention_mask=mask, max_new_tokens=4, do_sample=False)
             unused = session.report().kv.unused_tokens / 8
         self.rows.append(at_most("unused tokens a sequence / page", unused / 64, 1.0))
+
+
+def _timed(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
 
 
 def arguments() -> argparse.Namespace:

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
-PARTS = {"environment", "tests", "streaming", "overlap", "kernels", "disk", "giant", "accelerate"}
+PARTS = {"environment", "tests", "streaming", "overlap", "kernels", "pages", "disk", "giant", "accelerate"}
 
 
 def check(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

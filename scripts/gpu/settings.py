@@ -33,6 +33,7 @@ PARTS = (
     Part("streaming", "streaming", 45),
     Part("overlap", "overlap", 50),
     Part("kernels", "kernels", 60),
+    Part("pages", "pages", 60),
     Part("disk", "disk", 50),
     Part("giant", "giant", 130),
     Part("accelerate", "beside", 100),

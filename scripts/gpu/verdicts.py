@@ -92,6 +92,21 @@ def _kernels(found: Found, others: Mapping[str, Found]) -> Iterator[Row]:
     yield Row("kernels: difference from the unpacked", f"{worst:.5f}", f"<= {KERNEL_GOAL}", worst <= KERNEL_GOAL)
 
 
+def _pages(found: Found, others: Mapping[str, Found]) -> Iterator[Row]:
+    yield Row("KV pages: of so many tokens, in bfloat16", f"{found['tokens']}, {_gib(found['raw_nbytes'])}")
+    for each in found["decoded"]:
+        name = each["format"] or "plain"
+        transfer = each["read_nbytes"] / found["link_rate"]
+        ratio = each["seconds"] / max(each["compute_seconds"], transfer)
+        said = f"{each['compute_seconds']:.4f} s, {each['seconds']:.4f} s with {_gib(each['read_nbytes'])} streamed"
+        yield Row(f"KV pages, {name}: a token with all in HBM, and most below", said)
+        what = f"KV pages, {name}: wall / max(compute, transfer)"
+        good = ratio <= OVERLAP_GOAL if found["judged"] else None  # what a tiny cache takes says nothing
+        yield Row(what, f"{ratio:.3f}", f"<= {OVERLAP_GOAL:.2f}", good)
+    if found["left_out"]:
+        yield Row("KV pages: no time for", ", ".join(found["left_out"]))
+
+
 def _disk(found: Found, others: Mapping[str, Found]) -> Iterator[Row]:
     per_token = found["read_nbytes"] / len(found["seconds_each"])
     rate = max(found["disk_rates"])
@@ -135,6 +150,7 @@ _ROWS: Mapping[str, Callable[[Found, Mapping[str, Found]], Iterator[Row]]] = {
     "streaming": _streaming,
     "overlap": _overlap,
     "kernels": _kernels,
+    "pages": _pages,
     "disk": _disk,
     "giant": _giant,
     "accelerate": _accelerate,

@@ -67,6 +67,7 @@ class Transport:
 
         The fence raises what the store raised."""
         nbytes = len(cells) * self._frame_nbytes
+        self.read_nbytes += nbytes
         if cells[0].ram != NOWHERE and self._ram is not None:
             froms = [cell.ram * self._frame_nbytes for cell in cells]
             pairs = self._pairs(self._ram, froms, buffer, offsets)
@@ -74,7 +75,6 @@ class Transport:
             self._from_ram = [fence for fence in self._from_ram if not fence.done()]
             self._from_ram.append(copied)
             return copied
-        self.read_nbytes += nbytes
         if self._staged is not None:
             return self._staged.bring(cells, buffer, offsets, after)
         wait_for_end(after)
