@@ -19,6 +19,8 @@ from tierstore.kvformats.format import KvShape
 
 LEAST_TOKENS = 8
 """Of a page: of int2, a byte has 4."""
+AT_ONCE = 32
+"""Pages that are packed together: what that needs besides, a few times their size, is bounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,9 @@ class Packed:
         return layout_of(self.name, shape.heads, tokens, shape.key_dim, shape.value_dim).nbytes
 
     def pack(self, keys: Tensor, values: Tensor, into: Tensor) -> None:
-        _kernels(into).pack(self.name, rotate(keys), rotate(values), into)
+        for start in range(0, len(into), AT_ONCE):
+            some = slice(start, start + AT_ONCE)
+            _kernels(into).pack(self.name, rotate(keys[some].float()), rotate(values[some].float()), into[some])
 
     def unpack(self, cells: Tensor, shape: KvShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         sizes = (shape.heads, shape.page_tokens, shape.key_dim, shape.value_dim)
