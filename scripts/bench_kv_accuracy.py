@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Says how far a model's next-token distributions are from its own where its KV cache is kept in fewer bits.
 
-A prefix goes in at once, then its continuation in steps; what is compared is the continuation, with that of a cache in
-which nothing is rounded. All computes in float32, so that only the cache differs. transformers' QuantizedCache is
-measured beside, where its backends are installed. Prints a table, goals and, last, one line of JSON.
+The keys and values of a prefix, as one pass of the model makes them, are put into each cache; then its continuation
+goes through the model in steps. What is compared is the continuation, with that of a cache in which nothing is rounded.
+All computes in float32, so that only the cache differs. transformers' QuantizedCache is measured beside, where its
+backends are installed. Prints a table, goals and, last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from transformers import DynamicCache, QuantizedCache
 
 import tierstore
 from tierstore.budget import Budget
+from tierstore.hf.kv.cache import PagedCache
 from tierstore.hf.kv.memory import PAGE_TOKENS
 from tierstore.hf.tokenizer import load_tokenizer
 from tierstore.kvformats.format import KvFormat, KvShape
@@ -45,6 +47,8 @@ PACKAGES = {"quanto": "optimum", "hqq": "hqq"}
 AXES = {"quanto": 0, "hqq": 1}
 """As the documentation of transformers has them."""
 OTHERS_GROUP = 64
+States = tuple[Tensor, Tensor]
+"""Keys and values of a layer, [1, heads, tokens, dim]."""
 PAGES, TIMES = 16, 5
 """How many pages are packed at once, and how often, to see how fast that is."""
 
@@ -65,11 +69,11 @@ class Bench:
             length = chosen.prefix + chosen.continuation
             self._windows = windows_of(tokenizer, texts.topics(), chosen.windows, length)
             say("a cache in which nothing is rounded")
+            self._prefixes = [self._states_of(session.module, window) for window in self._windows[:, : chosen.prefix]]
             self._reference = list(self._continued(session.module, lambda: DynamicCache(config=self._config)))
 
     def measure(self, name: str) -> None:
         """A format of pages."""
-        say(name)
         with self._loaded(name) as session:
             self._compare(name, session.module, lambda: session.kv)
             shape = self._shape(session.module)
@@ -86,7 +90,6 @@ class Bench:
         if find_spec(PACKAGES[backend]) is None:
             self.notes.append(f"{name}: {backend} is not installed")
             return
-        say(name)
         sizes = {"nbits": bits, "q_group_size": OTHERS_GROUP, "axis_key": AXES[backend], "axis_value": AXES[backend]}
         with self._loaded(None) as session:
             self._compare(name, session.module, lambda: QuantizedCache(backend, self._config, **sizes))
@@ -97,17 +100,22 @@ class Bench:
         windows = self._windows[:, self._prefix :]
         found = likeness_of(self._reference, self._continued(model, cache), windows)
         self.figures[name] = asdict(found) | {"seconds": time.perf_counter() - start}
+        say(f"{name}: KL {found.kl:.6f}")
+
+    def _states_of(self, model: Any, tokens: Tensor) -> list[States]:
+        """Of each layer, what a cache is given of ``tokens``."""
+        cache: Any = DynamicCache(config=self._config)
+        with torch.no_grad():
+            model(tokens[None], cache=cache, logits_to_keep=1)
+        return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _continued(self, model: Any, new_cache: Callable[[], Any]) -> Iterator[Tensor]:
         """For each window, log-probabilities float32 [continuation, vocabulary]."""
-        for window in self._windows[:, None]:
+        for tokens, prefix in zip(self._windows[:, self._prefix :], self._prefixes, strict=True):
             cache = new_cache()
-            cache.reset()
-            parts = []
+            _fill(cache, prefix)
             with torch.no_grad():
-                model(window[:, : self._prefix], cache=cache, logits_to_keep=1)
-                for tokens in window[:, self._prefix :].split(self._step, 1):
-                    parts.append(model(tokens, cache=cache).logits[0])
+                parts = [model(some[None], cache=cache).logits[0] for some in tokens.split(self._step)]
             yield torch.log_softmax(torch.cat(parts).float(), -1)
 
     def _shape(self, model: Any) -> KvShape:
@@ -123,6 +131,19 @@ class Bench:
             self._checkpoint, budget, device="cpu", dtype="float32", store=folder, kv_format=name
         ) as session:
             yield session
+
+
+def _fill(cache: Any, prefix: list[States]) -> None:
+    length = prefix[0][0].shape[2]
+    paged = isinstance(cache, PagedCache)
+    if paged:
+        cache.reset()
+    at_once = cache.memory.columns_at_once(1) if paged else length
+    for start in range(0, length, at_once):
+        for layer, states in enumerate(prefix):
+            cache.update(*(each[:, :, start : start + at_once] for each in states), layer)
+        if paged:
+            cache.state.finish()
 
 
 def _speed(form: KvFormat) -> dict[str, float]:
