@@ -102,6 +102,21 @@ def test_cells_are_written_down_at_most_once_in_whole_runs() -> None:
     made.end()
 
 
+@pytest.mark.parametrize("discrete", [True, False])
+def test_what_goes_down_takes_a_slot_of_the_ring_only_where_it_passes_through(discrete: bool) -> None:
+    made = bench((0, 200), engine=None if discrete else CpuCopyEngine(), frames=40)
+    made.add(*range(5))
+    made.pager.pause(range(4))
+    made.settle()
+    made.read_all(range(4))
+    ahead = len(made.pager._ring._queue)
+    assert ahead == made.plan.ring_slots
+    made.pager.pause([4])
+    assert (len(made.pager._ring._queue) == ahead) is discrete
+    made.read_all(range(5))
+    made.end()
+
+
 def test_those_that_closed_first_stay() -> None:
     made = bench((0, 200), engine=CpuCopyEngine(), quota=4, frames=3 * (4 + 2 + 2) + 4)
     made.add(*range(12))

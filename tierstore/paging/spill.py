@@ -27,8 +27,8 @@ class _Move:
 class Spill:
     """Moves under way between HBM frames and what lies below. RAM fills first, then the store, if there is one.
 
-    ``lend`` says whether there is a slot for a run to pass through. What fails leaves the cells where they are;
-    ``failure`` is why the store takes no more, until something there is freed.
+    ``lend`` frees a slot of the ring for a run to pass through, and says whether there is one. What fails leaves the
+    cells where they are; ``failure`` is why the store takes no more, until something there is freed.
     """
 
     def __init__(self, plan: KindPlan, places: Places, transport: Transport, *, lend: Callable[[], bool]) -> None:
@@ -113,7 +113,9 @@ class Spill:
         return True
 
     def _to_store(self, cells: tuple[Cell, ...]) -> bool:
-        if not self._transport.has_store or self.failure is not None or not self._lend():
+        if not self._transport.has_store or self.failure is not None:
+            return False
+        if self._transport.needs_ring and not self._lend():
             return False
         try:
             begun = self._transport.down_to_store(cells)

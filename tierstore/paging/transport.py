@@ -39,7 +39,6 @@ class Transport:
     ) -> None:
         self._frame_nbytes = plan.frame_nbytes
         self._region = region
-        self._ring = ring
         self._ram = ram
         self._file = file
         self._engine = engine
@@ -61,6 +60,11 @@ class Transport:
     def has_store(self) -> bool:
         """Whether cells can go to a page store."""
         return self._file is not None
+
+    @property
+    def needs_ring(self) -> bool:
+        """Whether cells pass through a slot of the ring on their way to the store."""
+        return self._staged is None
 
     def up(self, cells: Sequence[Cell], buffer: Buffer, offsets: Sequence[int], after: Sequence[Fence]) -> Fence:
         """Bring cells that are all in RAM, or else all in the store, to ``buffer`` at ``offsets``, after ``after``.
@@ -102,7 +106,7 @@ class Transport:
         """Write cells as a run. None where there is no slot to pass through; raises ``StoreFullError`` at once."""
         if self._file is None:
             raise AssertionError("cells go to the store only where there is one")
-        taken = self._bounce.take(block=self._staged is not None)
+        taken = self._bounce.take(block=not self.needs_ring)
         if taken is None:
             return None
         slot, after = taken
