@@ -17,8 +17,8 @@ from torch.nn.functional import pad
 
 _SCORES = 1 << 22
 """So many scores, at most, stand in memory at once where no fused operation does the work: 16 MiB."""
-_FLOATS = 1 << 18
-"""So many numbers of keys, and of values, are made float32 at once: what stays in a core's cache until it is read."""
+_FLOATS = 1 << 20
+"""So many numbers of keys, and of values, are made float32 at once: what stays in a cache until it is read."""
 _LEAST = 128
 """Keys at a time, at least, whatever memory they take."""
 _FEW = 16
@@ -79,6 +79,23 @@ def shared(
     found = partial(q.transpose(0, 1).reshape(1, heads, rows * queries, dim), k, v, mask, scale=scale, softcap=softcap)
     out = found.out.view(heads, rows, queries, v.shape[-1]).transpose(0, 1)
     return Partial(out, found.lse.view(heads, rows, queries).transpose(0, 1))
+
+
+class Working(NamedTuple):
+    """How ``partial`` computes: in ``dtype``, best with ``tokens`` keys at a time; None for as many as there are."""
+
+    dtype: torch.dtype
+    tokens: int | None
+
+
+def working(q: Tensor, heads: int, dim: int, softcap: float | None = None) -> Working:
+    """How ``partial`` computes with ``q`` [S, Hq, Lq, Dk] and keys and values of ``heads`` heads, the wider of them
+    ``dim``. Who copies these anyway saves a pass by copying so many to this dtype, token-major, and ``q`` too."""
+    few = q.shape[1] // heads * q.shape[2] <= _FEW
+    on_cpu = q.device.type == "cpu"
+    slow = on_cpu and (q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and few))
+    dtype = torch.float32 if slow or softcap is not None else q.dtype
+    return Working(dtype, max(_FLOATS // (heads * dim), _LEAST) if on_cpu and few else None)
 
 
 def combine(parts: Sequence[Partial]) -> Partial:
@@ -199,7 +216,11 @@ def _in_float32(attend: _Attend, step: int, q: Tensor, k: Tensor, v: Tensor, mas
 
 
 def _room(t: Tensor, tokens: int) -> Tensor:
-    return t.new_empty((*t.shape[:2], tokens, t.shape[3]), dtype=torch.float32)
+    """For so many tokens, heads and tokens in the order of ``t``: so that copies are of long pieces."""
+    rows, heads, _, dim = t.shape
+    if t.stride(1) < t.stride(2):
+        return t.new_empty((rows, tokens, heads, dim), dtype=torch.float32).transpose(1, 2)
+    return t.new_empty((rows, heads, tokens, dim), dtype=torch.float32)
 
 
 def _put(t: Tensor, into: Tensor | None) -> Tensor:

@@ -18,9 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tierstore.errors import ModuleError
 from tierstore.hf.kv.decoding import decodable
-from tierstore.hf.kv.gathering import States
 from tierstore.hf.kv.masks import LazyMask, lazily
 from tierstore.hf.kv.paged import attend
+from tierstore.hf.kv.room import States
 from tierstore.hf.kv.state import CacheState
 from tierstore.hf.kv.states import PagedStates
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from tierstore.contracts import Buffer
+from tierstore.hf.kv.room import Room, States
+from tierstore.hf.kv.runs import even_runs, take
 from tierstore.kvformats.format import KvFormat, KvShape
 from tierstore.kvformats.plain import Raw
 from tierstore.page_kinds import FRAME_ALIGN
@@ -87,13 +88,13 @@ class Cells:
         self.keys[key_frames, at] = keys
         self.values[value_frames, at] = values
 
-    def open_pages(self, frames: Sequence[Frames]) -> tuple[Tensor, Tensor]:
-        """Copies of open cells: keys [n, page_tokens, heads, key_dim] and values."""
-        found = []
-        for states, numbers in zip((self.keys, self.values), self._frames_of(frames), strict=True):
-            pieces = states[torch.tensor(numbers, device=self.device)]
-            found.append(pieces.view(len(frames), self.shape.page_tokens, *pieces.shape[2:]))
-        return found[0], found[1]
+    def open_pages(self, frames: Sequence[Frames], into: States) -> States:
+        """Copies of open cells to ``into``, as ``Room.pages`` gives it: keys [n, page_tokens, heads, key_dim] and
+        values."""
+        numbers = self._frames_of(frames)
+        for states, at, target in zip((self.keys, self.values), numbers, into, strict=True):
+            take(states, at, target.view(-1, self._open.piece_tokens, *target.shape[2:]))
+        return into
 
     def fill(self, frames: Sequence[Frames], keys: Tensor | float, values: Tensor | float) -> None:
         """Let whole open cells be ``keys`` [n, page_tokens, heads, key_dim] and ``values``, or a number."""
@@ -107,22 +108,25 @@ class Cells:
     def pack(self, frames: Sequence[Frames], targets: Sequence[int]) -> None:
         """Pack open cells into the frames ``targets``, as closed ones."""
         packed = torch.empty(len(targets), self._cell_nbytes, dtype=torch.uint8, device=self.device)
-        self.form.pack(*self.open_pages(frames), packed)
-        self._rows(self.region, self.frame_nbytes)[torch.tensor(targets, device=self.device)] = packed
+        self.form.pack(*self.open_pages(frames, Room(self.shape, self.dtype, self.device).pages(len(frames))), packed)
+        rows = self._rows(self.region, self.frame_nbytes)
+        for which, places in even_runs(targets):
+            rows[places] = packed[which]
 
     # ---- closed cells
 
-    def closed_pages(self, buffer: Buffer, offsets: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The closed cells at bytes ``offsets`` of ``buffer``: keys [n, page_tokens, heads, key_dim] and values."""
-        rows = self._rows(cast(Tensor, buffer), FRAME_ALIGN)
-        step = offsets[1] - offsets[0] if len(offsets) > 1 else FRAME_ALIGN
-        even = step > 0 and all(b - a == step for a, b in pairwise(offsets))
-        start, units = offsets[0] // FRAME_ALIGN, step // FRAME_ALIGN
-        if even:
-            cells = rows[start : start + (len(offsets) - 1) * units + 1 : units]
-        else:
-            cells = rows[torch.tensor([offset // FRAME_ALIGN for offset in offsets], device=rows.device)]
-        return self.form.unpack(cells, self.shape, self.dtype)
+    def raw_pages(self, buffer: Tensor) -> States:
+        """Views of ``buffer`` as closed cells that have a ``raw_dtype``, one at each multiple of ``FRAME_ALIGN`` bytes:
+        keys [m, page_tokens, heads, key_dim] and values. They overlap."""
+        shape, dtype = self.shape, cast(torch.dtype, self.raw_dtype)
+        return self.form.unpack(self._rows(buffer, FRAME_ALIGN), shape, dtype)
+
+    def unpack(self, buffer: Tensor, offsets: Sequence[int], dtype: torch.dtype) -> States:
+        """The closed cells at bytes ``offsets`` of ``buffer``: keys [n, page_tokens, heads, key_dim] and values, which
+        may be views of them."""
+        rows = self._rows(buffer, FRAME_ALIGN)
+        runs = [rows[places] for _, places in even_runs([offset // FRAME_ALIGN for offset in offsets])]
+        return self.form.unpack(runs[0] if len(runs) == 1 else torch.cat(runs), self.shape, dtype)
 
     def _frames_of(self, frames: Sequence[Frames]) -> tuple[list[int], list[int]]:
         """The frame of each piece of keys, and of values."""

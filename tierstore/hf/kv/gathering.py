@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tierstore.hf.kv.passes import KindPass
-
-States = tuple[Tensor, Tensor]
+from tierstore.hf.kv.room import States
+from tierstore.hf.kv.runs import even_runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +64,29 @@ def copy_scattered(passing: KindPass, pages: Sequence[int], at: Sequence[int], s
     row, column = (place >= 0).nonzero(as_tuple=True)
     place, tokens = place[row, column], token.expand(slot.shape)[row, column]
     for source, target in zip(states, into, strict=True):
-        target[row, :, column] = source[place, tokens]
+        target[row, :, column] = source[place, tokens].to(target.dtype)
 
 
 def _copy(pages: Tensor, picks: Sequence[int], skip: int, target: Tensor) -> None:
     """Tokens from ``skip`` on of ``pages[picks]`` [n, page_tokens, heads, dim], to ``target`` [heads, count, dim]."""
-    step = picks[1] - picks[0] if len(picks) > 1 else 1
-    if step < 1 or [*range(picks[0], picks[-1] + 1, step)] != picks:
-        tokens = pages[torch.tensor(picks, device=pages.device)].flatten(0, 1)
-        target.copy_(tokens[skip : skip + target.shape[1]].transpose(0, 1))
-        return
-    there, size, count = pages[picks[0] : picks[-1] + 1 : step], pages.shape[1], target.shape[1]
+    size = pages.shape[1]
+    for which, places in even_runs(picks):
+        start, stop = which.start * size - skip, which.stop * size - skip
+        if start < target.shape[1]:
+            _copy_run(pages[places], max(-start, 0), target[:, max(start, 0) : stop])
+
+
+def _copy_run(pages: Tensor, skip: int, target: Tensor) -> None:
+    """As ``_copy``, of all ``pages``. What is whole of them is copied at once."""
+    size, count = pages.shape[1], target.shape[1]
     at, page = 0, 0
     if skip:
         at, page = min(size - skip, count), 1
-        target[:, :at].copy_(there[0, skip : skip + at].transpose(0, 1))
+        target[:, :at].copy_(pages[0, skip : skip + at].transpose(0, 1))
     whole = (count - at) // size
     if whole:
         end = at + whole * size
-        target[:, at:end].view(-1, whole, size, target.shape[2]).copy_(there[page : page + whole].permute(2, 0, 1, 3))
+        target[:, at:end].view(-1, whole, size, target.shape[2]).copy_(pages[page : page + whole].permute(2, 0, 1, 3))
         at, page = end, page + whole
     if at < count:
-        target[:, at:].copy_(there[page, : count - at].transpose(0, 1))
+        target[:, at:].copy_(pages[page, : count - at].transpose(0, 1))

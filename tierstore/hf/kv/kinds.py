@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import Tensor
 
 from tierstore.errors import CapacityError
 from tierstore.hf.kv.cells import Cells
+from tierstore.hf.kv.room import Room
 from tierstore.page_plan import KindPlan
 from tierstore.pages import PageTable
 from tierstore.paging.pager import Pager
@@ -91,13 +93,16 @@ class KvKind:
     def read_page(self, layer: int, page: int) -> tuple[Tensor, Tensor]:
         """A copy of a page, open or closed: keys [1, page_tokens, heads, key_dim] and values."""
         if page in self.open and self.pager.is_open(layer, page):
-            return self.cells.open_pages([self.pager.frames(layer, page)])
+            cells = self.cells
+            return cells.open_pages(
+                [self.pager.frames(layer, page)], Room(cells.shape, cells.dtype, cells.device).pages(1)
+            )
         return self.read_closed(layer, (page,))
 
     def read_closed(self, layer: int, pages: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A copy of one closed page."""
         for wave in self.pager.waves(layer, pages):
-            keys, values = self.cells.closed_pages(wave.buffer, wave.offsets)
+            keys, values = self.cells.unpack(cast(Tensor, wave.buffer), wave.offsets, self.cells.dtype)
             unrotate = self.cells.form.unrotate_output
             found = unrotate(keys).clone(), unrotate(values).clone()
         return found

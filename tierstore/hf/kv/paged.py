@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -10,10 +11,12 @@ from torch import Tensor
 from tierstore.hf.kv.decoding import decodable, decode
 from tierstore.hf.kv.masks import LazyMask
 from tierstore.hf.kv.reading import Group
+from tierstore.hf.kv.room import Room
 from tierstore.hf.kv.state import CacheState
-from tierstore.kernels.paged_attention.partial import Partial, combine, merge, partial, shared
+from tierstore.kernels.paged_attention.partial import Partial, combine, merge, partial, shared, working
 
 _MASKED = 1 << 22  # so many elements of a mask, at most, at once
+_SUMMED = 1 << 16  # so many numbers of parts wait to be added up at once
 
 
 def attend(
@@ -30,46 +33,71 @@ def attend(
     ``mask`` is lazy, or dense over the columns that the layer hands out [B or 1, Hq or 1, Lq, L], or None for none.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    kind = state.kind_of(layer)
-    form = kind.cells.form
+    cells = state.kind_of(layer).cells
+    form, shape = cells.form, cells.shape
     starts = decodable(state, layer, query, mask)
     if starts is not None:
         found = decode(state, layer, query, starts, scale, softcap)
         return merge([found], sinks).to(query.dtype).transpose(1, 2).contiguous()
-    most = max(state.memory.scratch.numel() // (2 * kind.cells.page_nbytes), 1)
-    rotated: Tensor | None = None
+    dtype, tokens = working(query, shape.heads, max(shape.key_dim, shape.value_dim), softcap)
+    room = Room(shape, dtype, query.device, state.memory.scratch)
+    most = room.most if tokens is None else min(room.most, max(tokens // shape.page_tokens, 1))
+    asking, rotated = query.to(dtype), None
     masks = Masks(state, layer, mask, query.shape[2])
-    total: Partial | None = None
-    everyone = tuple(range(query.shape[0]))
-    for group in state.reader(layer).groups(layer, most):
+    total = _Total(query, shape.value_dim)
+    for group in state.reader(layer).groups(layer, room, most):
         if group.packed and rotated is None:
-            rotated = form.rotate_query(query)
-        asking = rotated if group.packed and rotated is not None else query
-        rows = slice(None) if group.rows == everyone else list(group.rows)
+            rotated = form.rotate_query(asking)
+        mine = cast(Tensor, rotated) if group.packed else asking
+        compute = shared if group.keys.shape[0] < len(group.rows) else partial
         step = masks.step(group)
         for start in range(0, query.shape[2], step):
             queries = slice(start, min(start + step, query.shape[2]))
-            compute = shared if group.keys.shape[0] < len(group.rows) else partial
             seen = masks.of(group, queries)
-            found = compute(asking[rows][:, :, queries], group.keys, group.values, seen, scale=scale, softcap=softcap)
+            theirs = total.of(mine, group.rows, queries)
+            found = compute(theirs, group.keys, group.values, seen, scale=scale, softcap=softcap)
             if group.packed:
                 found = Partial(form.unrotate_output(found.out), found.lse)
-            if total is None and group.rows == everyone and step >= query.shape[2]:
-                total = found
-                continue
-            if total is None:
-                out = query.new_zeros((*query.shape[:3], group.values.shape[-1]), dtype=torch.float32)
-                total = Partial(out, query.new_full(query.shape[:3], -math.inf, dtype=torch.float32))
-            before = Partial(total.out[rows][:, :, queries], total.lse[rows][:, :, queries])
-            after = combine([before, found])
-            if isinstance(rows, slice) and step >= query.shape[2]:
-                total = after
-            else:
-                total.out[rows, :, queries] = after.out
-                total.lse[rows, :, queries] = after.lse
-    if total is None:
-        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], kind.cells.shape.value_dim)
-    return merge([total], sinks).to(query.dtype).transpose(1, 2).contiguous()
+            total.add(group.rows, queries, found)
+    return merge(total.parts(), sinks).to(query.dtype).transpose(1, 2).contiguous()
+
+
+class _Total:
+    """Adds up parts of ``query`` [B, Hq, Lq, key_dim], each of some rows and queries."""
+
+    def __init__(self, query: Tensor, value_dim: int) -> None:
+        self._shape, self._value_dim = query.shape[:3], value_dim
+        self._everyone = tuple(range(query.shape[0]))
+        self._device = query.device
+        self._whole: list[Partial] = []  # parts of all rows and queries
+
+    def of(self, states: Tensor, rows: tuple[int, ...], queries: slice) -> Tensor:
+        """``states`` [B, Hq, Lq, dim] of some rows and queries."""
+        states = states if rows == self._everyone else states[list(rows)]
+        return states if queries.stop - queries.start == states.shape[2] else states[:, :, queries]
+
+    def add(self, rows: tuple[int, ...], queries: slice, found: Partial) -> None:
+        if rows == self._everyone and queries.stop - queries.start == self._shape[2]:
+            self._whole.append(found)
+            if len(self._whole) * found.out.numel() > _SUMMED:
+                self._whole = [combine(self._whole)]
+            return
+        if not self._whole:
+            self._whole = [self._nothing()]
+        elif len(self._whole) > 1:
+            self._whole = [combine(self._whole)]
+        total, which = self._whole[0], list(rows)
+        after = combine([Partial(*(part[which][:, :, queries] for part in total)), found])
+        total.out[which, :, queries] = after.out
+        total.lse[which, :, queries] = after.lse
+
+    def parts(self) -> list[Partial]:
+        """What is left to be added up."""
+        return self._whole or [self._nothing()]
+
+    def _nothing(self) -> Partial:
+        out = torch.zeros(*self._shape, self._value_dim, device=self._device)
+        return Partial(out, torch.full(self._shape, -math.inf, device=self._device))
 
 
 class Masks:

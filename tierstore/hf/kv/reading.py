@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
-import torch
 from torch import Tensor
 
-from tierstore.hf.kv.gathering import States, blocks_of, copy_scattered
+from tierstore.hf.kv.gathering import blocks_of, copy_scattered
 from tierstore.hf.kv.passes import KindPass
+from tierstore.hf.kv.room import Room, States
+from tierstore.hf.kv.runs import take
+from tierstore.page_kinds import FRAME_ALIGN
 from tierstore.paging.waves import Wave
 
 Known = dict[int, tuple[Wave, list[int]]]
@@ -30,13 +32,14 @@ class Places:
 
 @dataclass(frozen=True)
 class Source:
-    """Pages that can be read now: ``take`` gives keys [n, page_tokens, heads, key_dim] and values of those named.
+    """Pages that can be read now: ``take`` gives keys [n, page_tokens, heads, key_dim] and values of those at some
+    places in ``pages``, in the dtype of a room and mostly in its memory.
 
     ``packed`` pages come as their format keeps them. With ``whole``, page i is entry ``at[i]`` of these views.
     """
 
     pages: tuple[int, ...]
-    take: Callable[[Sequence[int]], States]
+    take: Callable[[Sequence[int], Room], States]
     places: Callable[[], Places]
     packed: bool = False
     whole: States | None = None
@@ -59,14 +62,14 @@ class Group:
 
 
 class Reader:
-    """Reads the pages of one kind in one pass. ``scratch`` are bytes on the device that attention works on."""
+    """Reads the pages of one kind in one pass."""
 
     def __init__(self, passing: KindPass, known: Known) -> None:
         self._pass = passing
         self._kind = passing.kind
         self._known = known
         self._cells = passing.kind.cells
-        self._index_of: dict[int, int] = {}
+        self._index_of: dict[int, int] = {}  # of a page in its rows
         self._rows_of: dict[int, tuple[int, ...]] = {}
 
     def sources(self, layer: int) -> Iterator[Source]:
@@ -86,9 +89,10 @@ class Reader:
             elif frames:
                 yield self._in_region(layer, None, frames)
         elif frames:
+            at = [*frames.values()]
             yield Source(
                 tuple(frames),
-                lambda pages: cells.open_pages([frames[page] for page in pages]),
+                lambda picks, room: cells.open_pages([at[pick] for pick in picks], room.pages(len(picks))),
                 lambda: Places(cells.region, *cells.offsets_of(frames.values()), cells.piece_tokens),
             )
         while wave is not None:
@@ -119,53 +123,52 @@ class Reader:
                     block = replace(block, picks=[at[pick] for pick in block.picks])
                 block.copy(states, into)
 
-    def groups(self, layer: int, most: int) -> Iterator[Group]:
-        """All pages by who reads them, at most ``most`` pages at a time."""
+    def groups(self, layer: int, room: Room, most: int) -> Iterator[Group]:
+        """All pages by who reads them, at most ``most`` pages at a time, in ``room`` or where they are unpacked to: a
+        step on may overwrite the last group."""
         if not self._index_of:
             self._learn()
-        names = self._pass.closed + self._pass.unclosed
-        slot_of = {page: slot for slot, page in enumerate(names)}
         for source in self.sources(layer):
             alone: dict[int, list[int]] = {}
             together: dict[tuple[int, ...], list[int]] = {}
-            for page in source.pages:
-                rows = self._rows_of[slot_of[page]]
+            for pick, page in enumerate(source.pages):
+                rows = self._rows_of.get(page, ())
                 if len(rows) == 1:
-                    alone.setdefault(rows[0], []).append(page)
+                    alone.setdefault(rows[0], []).append(pick)
                 elif rows:
-                    together.setdefault(rows, []).append(page)
-            for rows, pages in together.items():
-                for start in range(0, len(pages), most):
-                    yield self._group(source, rows, [pages[start : start + most]], slot_of)
+                    together.setdefault(rows, []).append(pick)
+            for rows, picks in together.items():
+                for start in range(0, len(picks), most):
+                    yield self._group(source, rows, [picks[start : start + most]], room)
             while alone:
                 rows = tuple(alone)[:most]
                 count = min(*(len(alone[row]) for row in rows), max(most // len(rows), 1))
-                yield self._group(source, rows, [alone[row][:count] for row in rows], slot_of)
-                alone = {row: left for row, pages in alone.items() if (left := pages[count if row in rows else 0 :])}
+                yield self._group(source, rows, [alone[row][:count] for row in rows], room)
+                alone = {row: left for row, picks in alone.items() if (left := picks[count if row in rows else 0 :])}
 
-    def _group(
-        self, source: Source, rows: tuple[int, ...], pages: Sequence[Sequence[int]], slot_of: dict[int, int]
-    ) -> Group:
-        states = source.take([page for each in pages for page in each])
-        keys, values = (
-            part.view(len(pages), -1, *part.shape[1:]).permute(0, 3, 1, 2, 4).flatten(2, 3) for part in states
+    def _group(self, source: Source, rows: tuple[int, ...], picks: Sequence[Sequence[int]], room: Room) -> Group:
+        states = source.take([pick for each in picks for pick in each], room)
+        keys, values = (  # views, as pages follow each other without a gap
+            part.view(len(picks), -1, *part.shape[1:]).permute(0, 3, 1, 2, 4).flatten(2, 3) for part in states
         )
-        indices = tuple(tuple(self._index_of[slot_of[page]] for page in each) for each in pages)
+        indices = tuple(tuple(self._index_of[source.pages[pick]] for pick in each) for each in picks)
         return Group(rows, indices, keys, values, source.packed)
 
     def _learn(self) -> None:
+        names = self._pass.closed + self._pass.unclosed
         rows_of: dict[int, list[int]] = {}
         for r, slots in enumerate(self._pass.slots):
             for index, slot in enumerate(slots, self._pass.first_index[r]):
-                self._index_of[slot] = index
-                rows_of.setdefault(slot, []).append(r)
-        self._rows_of = {slot: tuple(rows) for slot, rows in rows_of.items()}
+                self._index_of[names[slot]] = index
+                rows_of.setdefault(names[slot], []).append(r)
+        self._rows_of = {page: tuple(rows) for page, rows in rows_of.items()}
 
     def _dense(self, source: Source) -> States:
-        keys, values = source.take(source.pages)
+        cells = self._cells
+        keys, values = source.take(range(len(source.pages)), Room(cells.shape, cells.dtype, cells.device))
         if not source.packed:
             return keys, values
-        unrotate = self._cells.form.unrotate_output
+        unrotate = cells.form.unrotate_output
         return unrotate(keys), unrotate(values)
 
     def _in_region(self, layer: int, wave: Wave | None, frames: dict[int, tuple[int, ...]]) -> Source:
@@ -178,29 +181,36 @@ class Reader:
             if known is None or known[0] is not wave:
                 known = self._known[layer] = (wave, [offset // cells.frame_nbytes for offset in wave.offsets])
             pages, at = wave.pages + pages, known[1] + at
-        number = dict(zip(pages, at, strict=True)).__getitem__
-
-        def take(wanted: Sequence[int]) -> States:
-            which = torch.tensor(at if tuple(wanted) == pages else [*map(number, wanted)], device=cells.device)
-            return cells.keys[which], cells.values[which]
 
         def places() -> Places:
             return Places(cells.region, *cells.offsets_of((frame,) for frame in at), cells.piece_tokens)
 
-        return Source(pages, take, places, whole=(cells.keys, cells.values), at=at)
+        return _raw(pages, (cells.keys, cells.values), at, places, packed=False)
 
     def _of_wave(self, wave: Wave) -> Source:
-        offset_of = dict(zip(wave.pages, wave.offsets, strict=True))
         cells, plain = self._cells, self._kind.plan.kind.plain
+        buffer = cast(Tensor, wave.buffer)
 
         def places() -> Places:
             keys = [(offset,) for offset in wave.offsets]
             values = [(offset + cells.value_offset,) for offset in wave.offsets] if cells.raw_dtype else keys
-            return Places(cast(Tensor, wave.buffer), keys, values, cells.shape.page_tokens)
+            return Places(buffer, keys, values, cells.shape.page_tokens)
 
-        return Source(
-            wave.pages,
-            lambda pages: cells.closed_pages(wave.buffer, [offset_of[page] for page in pages]),
-            places,
-            packed=not plain,
-        )
+        if cells.raw_dtype:
+            at = [offset // FRAME_ALIGN for offset in wave.offsets]
+            return _raw(wave.pages, cells.raw_pages(buffer), at, places, packed=not plain)
+
+        def unpack(picks: Sequence[int], room: Room) -> States:
+            return cells.unpack(buffer, [wave.offsets[pick] for pick in picks], room.dtype)
+
+        return Source(wave.pages, unpack, places, packed=True)
+
+
+def _raw(
+    pages: tuple[int, ...], whole: States, at: Sequence[int], places: Callable[[], Places], *, packed: bool
+) -> Source:
+    def copy(picks: Sequence[int], room: Room) -> States:
+        numbers, into = [at[pick] for pick in picks], room.pages(len(picks))
+        return take(whole[0], numbers, into[0]), take(whole[1], numbers, into[1])
+
+    return Source(pages, copy, places, packed, whole, at)
