@@ -16,18 +16,22 @@ MIDDLE = 136
 PLANES = 17
 """1 + 16: how often a product of both planes counts the zero of an int4 code, the low plane once, the high 16 times."""
 
+ZERO_STEP = 1.25
+"""How many scales a zero code is worth: an odd number of quarters, so that of four neighbouring zero codes each has the
+256 codes at another place, and the weights of a group are nearest to them at one of these."""
+
 
 def scales_and_zeros(scales: Tensor, steps: Tensor) -> Tensor:
     """(scale, zero) for each group and row, bfloat16 [kp / 64, np, 2]: what both planes have as int4 weights.
 
     ``scales`` is uint8 [np / 64, kp / 64 * 128], for each block of 64 rows [kp / 64, 64, 2] with (scale code, zero
     code); ``steps`` is float32 [np, 1]. The scale is ``bfloat16(steps * scale code)``, the zero
-    ``bfloat16(scale * (zero code - 128) / 17)`` in float32 arithmetic.
+    ``bfloat16(scale * (zero code - 128) * 1.25 / 17)`` in float32 arithmetic.
     """
     blocks, groups = scales.shape[0], scales.shape[1] // (2 * ROWS)
     codes = scales.reshape(blocks, groups, ROWS, 2).transpose(0, 1).reshape(groups, blocks * ROWS, 2).float()
     scale = (steps.T * codes[:, :, 0]).bfloat16()
-    zero = (scale.float() * (codes[:, :, 1] - 128) / PLANES).bfloat16()
+    zero = (scale.float() * (codes[:, :, 1] - 128) * ZERO_STEP / PLANES).bfloat16()
     return torch.stack((scale, zero), dim=2)
 
 

@@ -55,7 +55,7 @@ def _scales(
     pairs = tl.load(scales + places, mask=mask, other=0).to(tl.int32)
     step = tl.load(steps + rows, mask=rows < height, other=0)
     scale = (step[None, :] * (pairs & 255).to(tl.float32)).to(tl.bfloat16).to(tl.float32)
-    zero = scale * (((pairs >> 8) & 255) - 128).to(tl.float32)
+    zero = 1.25 * scale * (((pairs >> 8) & 255) - 128).to(tl.float32)
     zero = tl.div_rn(zero, 17.0).to(tl.bfloat16).to(tl.float32)
     return scale, 17 * zero - 8 * scale
 

@@ -374,7 +374,7 @@ def test_a_missing_unit(run: Any, copied: Path) -> None:
 
 def test_a_manifest_of_a_newer_release(run: Any, copied: Path) -> None:
     file = copied / MANIFEST
-    file.write_text(file.read_text().replace('"layout_version": 1', '"layout_version": 7'))
+    file.write_text(file.read_text().replace('"layout_version": 2', '"layout_version": 7'))
     with pytest.raises(StoreFormatError, match="upgrade tierstore"):
         use(copied)
     for command in ("info", "verify"):

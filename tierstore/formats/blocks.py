@@ -55,9 +55,9 @@ class Blocks:
         self._matrix, self._group = matrix.detach(), group
         self._columns = align_up(matrix.shape[1], group)
         self._width = min(max(WIDTH // group, 1) * group, self._columns)
-        self._rows, self._turned, *self._spare = matrix.new_empty((4, ROWS * self._width), dtype=torch.float32).unbind(
-            0
-        )
+        self._rows, self._turned = matrix.new_empty((2, ROWS * self._width), dtype=torch.float32).unbind(0)
+        self.memory = matrix.new_empty(2 * ROWS * max(WIDTH, self._width), dtype=torch.float32)
+        """For any use: two tensors like ``columns``, or many where the matrix is narrow."""
 
     def numbers(self) -> range:
         """Of the blocks of 64 rows; none where the matrix is empty."""
@@ -81,7 +81,8 @@ class Blocks:
 
     def scratch(self, block: Block) -> tuple[Tensor, Tensor]:
         """Memory for two more tensors like ``columns``."""
-        return within(self._spare[0], block), within(self._spare[1], block)
+        first, second = self.memory.view(2, -1).unbind(0)
+        return within(first, block), within(second, block)
 
     def ranges(self, number: int) -> tuple[Tensor, Tensor]:
         """The least and the most of every group across 64 rows, float32 [k / group, 64]; checked."""

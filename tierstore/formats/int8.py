@@ -10,7 +10,7 @@ from torch import Tensor
 from tierstore.extents import align_up
 from tierstore.formats.blocks import Blocks, zero_parts
 from tierstore.formats.format import Parts
-from tierstore.formats.search import TOP_CODE, affine8, needed_step
+from tierstore.formats.search8 import TOP_CODE, affine8, needed_step
 from tierstore.formats.tile64 import HALF, tile_of_columns
 from tierstore.kernels.int4_matmul.reference import ROWS
 from tierstore.kernels.int8_matmul import reference
@@ -50,7 +50,7 @@ class Int8:
             parts["steps"][number * ROWS : (number + 1) * ROWS, 0] = steps
             for block in blocks.across(number):
                 codes, scale_codes, zero_codes = affine8(
-                    blocks.columns(block), low[block.groups], high[block.groups], steps, blocks.scratch(block)
+                    blocks.columns(block), low[block.groups], high[block.groups], steps, blocks.memory
                 )
                 whole = codes.view(-1, ROWS).to(torch.int16)
                 there = slice(block.start * HALF, block.stop * HALF)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tierstore.formats.scratch import Scratch
 from tierstore.kernels.int4_matmul.reference import ROWS
-from tierstore.kernels.int8_matmul.reference import PLANES
+from tierstore.kernels.int8_matmul.reference import PLANES, ZERO_STEP
 
 UPPER_HALF = -0x10000
 
@@ -44,7 +44,7 @@ def int8_scales(codes: Tensor, steps: Tensor, scratch: Scratch) -> tuple[Tensor,
     scale, zero = scale.view(torch.float32).copy_(spare), spare.view(torch.float32).copy_(zero)
     rounded = scratch.take("rounded", tuple(scale.shape), torch.bfloat16, device)
     scale.copy_(rounded.copy_(scale.mul_(steps.view(-1))))
-    zero.sub_(128).mul_(scale).div_(PLANES)
+    zero.sub_(128).mul_(scale).mul_(ZERO_STEP).div_(PLANES)
     zero.copy_(rounded.copy_(zero))
     return scale, zero
 

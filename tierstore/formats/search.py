@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tierstore.kernels.int8_matmul.reference import MIDDLE, PLANES
-
 Scratch = tuple[Tensor, Tensor]
 """Two tensors like the values, to be overwritten: memory that is reused need not be touched for the first time."""
 
@@ -24,13 +22,6 @@ than finer steps between them. Wider sets gained 0.1 % on normal, Laplace and t-
 REFITS = 1
 """How often the best of those is fitted to its codes once more; a second time gained 0.2 %."""
 
-COARSER = range(-1, 11)
-"""How many codes above the one that covers its range a group of 8-bit codes tries for its scale."""
-TOP_CODE = 245
-"""The scale code that covers the widest range of a row. Those up to 255 are left to be tried."""
-LEAST, MOST = -MIDDLE, 255 - MIDDLE
-"""The least and the most 8-bit code, counted from the middle."""
-
 
 def as_bfloat16(values: Tensor) -> Tensor:
     """The nearest that bfloat16 holds, as float32."""
@@ -42,8 +33,8 @@ def inverse(values: Tensor) -> Tensor:
     return torch.where(values == 0, 0.0, values.reciprocal())
 
 
-def best_of(errors: Tensor, *choices: Tensor) -> tuple[Tensor, ...]:
-    """Of ``choices``, each [candidates, groups, 64] like ``errors``, those of the least error; the first of equals.
+def least(errors: Tensor) -> Tensor:
+    """The number of the least of ``errors`` [candidates, groups, 64], int64 [1, groups, 64]; the first of equals.
 
     Errors, which are lost, count as equal where they agree in 18 bits; at most 32 candidates.
     """
@@ -51,7 +42,12 @@ def best_of(errors: Tensor, *choices: Tensor) -> tuple[Tensor, ...]:
     # the order of their bits, and torch's argmin along the first axis takes a hundred times as long.
     numbers = torch.arange(len(errors), dtype=torch.int32, device=errors.device)[:, None, None]
     bits = errors.clamp_(min=0).view(torch.int32).bitwise_and_(~31).bitwise_or_(numbers)
-    best = bits.amin(0, keepdim=True).bitwise_and_(31).to(torch.int64)
+    return bits.amin(0, keepdim=True).bitwise_and_(31).to(torch.int64)
+
+
+def best_of(errors: Tensor, *choices: Tensor) -> tuple[Tensor, ...]:
+    """Of ``choices``, each [candidates, groups, 64] like ``errors``, those of the ``least`` error."""
+    best = least(errors)
     return tuple(choice.gather(0, best)[0] for choice in choices)
 
 
@@ -129,50 +125,3 @@ class Fit4:
         return best_of(
             torch.cat(errors).add_(self._squares), torch.cat((scales, fitted_scales)), torch.cat((zeros, fitted_zeros))
         )
-
-
-def needed_step(low: Tensor, high: Tensor) -> Tensor:
-    """The least scale with which 256 codes and some zero code reach from ``low`` to ``high``."""
-    far = torch.maximum(high / (MOST + 127), low / (LEAST - 128))
-    need = torch.maximum((high - low) / 255, far)
-    return torch.where(need < TINY, 0.0, need)
-
-
-def affine8(
-    values: Tensor, low: Tensor, high: Tensor, steps: Tensor, scratch: Scratch
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes 0 to 255, float32 in ``scratch[0]``, and scale codes and zero codes: see ``kernels.int8_matmul.reference``.
-
-    ``low`` and ``high`` are the range of each group, ``steps`` [64] what one scale code of a row is worth.
-
-    With so many codes the error of a group is mere chance, and a scale a few codes coarser costs less than the best of
-    a dozen draws gains: a sixth of the squared error.
-    """
-    steps = torch.where(steps == 0, 1.0, steps)  # a row of zeros, for which any scale does
-    scale_codes, zero_codes = candidates8(low, high, steps)
-    scales = as_bfloat16(steps * scale_codes)
-    factors = scales.reciprocal()
-    offsets = MIDDLE - as_bfloat16(scales * zero_codes / PLANES) * PLANES * factors
-    codes, rounded = scratch
-    errors = torch.empty_like(scales)
-    for number in range(len(errors)):
-        torch.addcmul(offsets[number, :, None], values, factors[number, :, None], out=codes)
-        torch.round(codes, out=rounded).clamp_(0, 255)
-        torch.sum(codes.sub_(rounded).square_(), 1, out=errors[number])
-    errors *= (scales / steps).square_()  # from codes to scale codes, so that no square can overflow
-    scale_code, zero_code, factor, offset = best_of(errors, scale_codes, zero_codes, factors, offsets)
-    torch.addcmul(offset[:, None], values, factor[:, None], out=codes)
-    return codes.round_().clamp_(0, 255), scale_code, zero_code.add_(128)
-
-
-def candidates8(low: Tensor, high: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale codes, and zero codes less 128, [candidates, groups, 64], that cover the range or nearly so."""
-    first = torch.ceil(needed_step(low, high) / steps)
-    coarser = torch.arange(COARSER.start, COARSER.stop, device=first.device)[:, None, None]
-    scale_codes = (first + coarser).clamp_(1, 255)
-    factors = as_bfloat16(steps * scale_codes).reciprocal_()
-    middle = (low + high) * 0.5 * factors - (LEAST + MOST) / 2
-    # Where the codes leave room the zero is drawn towards zero, so that a group of zeros is packed exactly.
-    room = (254 - (high - low) * factors).clamp_(min=0).mul_(0.5)
-    zero_codes = (middle - torch.clamp(middle, -room, room)).round_().clamp_(-128, 127)
-    return scale_codes, zero_codes

@@ -17,7 +17,7 @@ from tierstore.formats.scratch import Scratch
 from tierstore.formats.tile64 import HALF
 from tierstore.formats.tiles import tiles
 from tierstore.kernels.int4_matmul.reference import ROWS
-from tierstore.kernels.int8_matmul.reference import MIDDLE, PLANES
+from tierstore.kernels.int8_matmul.reference import MIDDLE, PLANES, ZERO_STEP
 
 AT_ONCE = 8 << 20
 """Bytes of ``tile64`` that are held at a time: those of one row are in the same bytes as those of 63 others."""
@@ -58,7 +58,7 @@ def _int8(parts: Parts, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes = embedding(rows // ROWS, parts["scales"]).view(len(rows), -1, ROWS, 2)
     pairs = codes[torch.arange(len(rows), device=rows.device), :, rows % ROWS].float()
     scale = (embedding(rows, parts["steps"]) * pairs[:, :, 0]).bfloat16().float()
-    zero = (scale * (pairs[:, :, 1] - 128) / PLANES).bfloat16().float()
+    zero = (scale * (pairs[:, :, 1] - 128) * ZERO_STEP / PLANES).bfloat16().float()
     whole = _nibbles(parts["high"], rows).mul_(16).add_(_nibbles(parts["low"], rows))
     return scale, zero * PLANES, whole - MIDDLE
 

@@ -35,7 +35,8 @@ from tierstore.stores.json_files import kind_of, strict_json
 from tierstore.stores.zarr_documents import group_document
 from tierstore.tensors import KEEP, TensorSpec
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
+"""Rises with every change of what stored bytes mean, those of a format's parts too."""
 ALIGN = 4096
 """Bytes: where a stored tensor may begin in its unit file."""
 MAX_DOCUMENT_NBYTES = 100_000_000
@@ -177,10 +178,11 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
     version = mine.get("layout_version")
     if type(version) is not int or version < 1:
         raise StoreFormatError(f"{where} has layout_version {short(version)}, an int from 1 is needed: {AGAIN}")
-    if version > LAYOUT_VERSION:
+    if version != LAYOUT_VERSION:
+        upgrade = "upgrade tierstore, or " if version > LAYOUT_VERSION else ""
         raise StoreFormatError(
-            f"{where} has layout_version {short(version)}, this tierstore reads up to {LAYOUT_VERSION}: "
-            "upgrade tierstore, or pack the model again with this one"
+            f"{where} has layout_version {short(version)}, this tierstore reads {LAYOUT_VERSION}: "
+            f"{upgrade}pack the model again with this one"
         )
     table = need_object(mine, _KEYS, f"the manifest in {where}")
     units = tuple(
