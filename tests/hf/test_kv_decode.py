@@ -65,3 +65,18 @@ def test_pages_answer_where_they_lie(
 
 def test_packed_pages_were_read_packed(kernels: Kernels) -> None:
     assert kernels.calls["decode"]
+
+
+def test_a_dtype_without_kernels_is_gathered(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decoder("LlamaForCausalLM", torch.float64, num_hidden_layers=1)
+    monkeypatch.setattr(decoding, "kernels_for", lambda device: kernels)
+    before = dict(kernels.calls)
+    with paged(model) as made, torch.no_grad():
+        found = [model(input_ids=part, cache=made.cache).logits for part in prompt(9).split([8, 1], 1)]
+    assert torch.equal(torch.cat(found, 1)[:, :8], model(input_ids=prompt(8 + 1)[:, :8]).logits)
+    assert kernels.calls == before
+
+
+def test_without_triton_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "find_spec", lambda name: None)
+    assert decoding.kernels_for(torch.device("cuda")) is None

@@ -31,6 +31,7 @@ class Cells:
         self.frame_nbytes = plan.frame_nbytes
         self._open = plan.open
         self._cell_nbytes = plan.kind.cell_nbytes
+        self._raw: dict[tuple[int, int], States] = {}  # views, by the buffer
         self.keys = self._pieces(self.region, shape.key_dim, plan.open.offsets[0], plan.frame_nbytes)
         self.values = self._pieces(self.region, shape.value_dim, plan.open.offsets[1], plan.frame_nbytes)
 
@@ -118,8 +119,12 @@ class Cells:
     def raw_pages(self, buffer: Tensor) -> States:
         """Views of ``buffer`` as closed cells that have a ``raw_dtype``, one at each multiple of ``FRAME_ALIGN`` bytes:
         keys [m, page_tokens, heads, key_dim] and values. They overlap."""
-        shape, dtype = self.shape, cast(torch.dtype, self.raw_dtype)
-        return self.form.unpack(self._rows(buffer, FRAME_ALIGN), shape, dtype)
+        name = (buffer.data_ptr(), buffer.numel())  # of the few buffers of a pager
+        found = self._raw.get(name)
+        if found is None:
+            rows = self._rows(buffer, FRAME_ALIGN)
+            found = self._raw[name] = self.form.unpack(rows, self.shape, cast(torch.dtype, self.raw_dtype))
+        return found
 
     def unpack(self, buffer: Tensor, offsets: Sequence[int], dtype: torch.dtype) -> States:
         """The closed cells at bytes ``offsets`` of ``buffer``: keys [n, page_tokens, heads, key_dim] and values, which

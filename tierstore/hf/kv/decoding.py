@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from tierstore.hf.kv.reading import Places, Source
 from tierstore.hf.kv.state import CacheState
 from tierstore.kernels.paged_attention.partial import Partial, combine
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of models that kernels take."""
+
 
 def kernels_for(device: torch.device) -> Any:
-    """The module of kernels for ``device``: with ``decode`` and ``decode_raw``; None where there is none."""
-    if device.type != "cuda":
+    """The module of kernels for ``device``, with ``decode`` and ``decode_raw``; None without CUDA or Triton."""
+    if device.type != "cuda" or find_spec("triton") is None:
         return None
     from tierstore.kernels.paged_attention import triton
 
@@ -28,7 +32,7 @@ def decodable(state: CacheState, layer: int, query: Tensor, mask: Tensor | None)
     kernels, None."""
     passing = state.passing_of(layer)
     columns = passing.columns
-    if query.shape[2] != 1 or not columns.trusted or kernels_for(query.device) is None:
+    if query.shape[2] != 1 or query.dtype not in DTYPES or not columns.trusted or kernels_for(query.device) is None:
         return None
     window = math.inf if mask is None else mask.window if isinstance(mask, LazyMask) else None
     if window is None:
