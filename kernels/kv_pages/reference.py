@@ -73,7 +73,10 @@ def unpack(
             code = BYTES[name]
             numbers, unit = code.values(part(cells, codes_at, (heads, tokens, dim), code.dtype))
             scales = part(cells, scales_at, (heads, tokens, 1), torch.bfloat16).float() * unit
-            torch.mul(numbers.transpose(0, 1), scales.transpose(0, 1), out=out)
+            numbers = numbers.transpose(0, 1)
+            if dtype == torch.float32:  # two passes of one dtype are faster than one of two
+                numbers = out.copy_(numbers)
+            torch.mul(numbers, scales.transpose(0, 1), out=out)
         else:
             bits = CODE_BITS[name]
             codes = part(cells, codes_at, (heads, tokens * bits // 8, dim), torch.uint8)
