@@ -98,7 +98,8 @@ def test_what_cannot_be_is_refused_and_leaves_the_module_as_it_was(plain: Any, c
         tierstore.load(checkpoint, Budget("8MiB", kv_hbm="900TiB"), device="cpu")
     assert plain.__dict__ == before
     with tierstore.offload(plain, Budget("8MiB", kv_hbm=refused.value.needed), device="cpu") as session:
-        session.module.generate(PROMPT[:1], attention_mask=MASK[:1], max_new_tokens=6, do_sample=False)
+        model: Any = session.module
+        model.generate(PROMPT[:1], attention_mask=MASK[:1], max_new_tokens=6, do_sample=False)
 
 
 def test_activations_are_bounded_with_the_same_tokens(checkpoint: Path, greedy: torch.Tensor) -> None:
