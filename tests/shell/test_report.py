@@ -116,6 +116,7 @@ def test_json_is_one_line_with_every_number() -> None:
         "passes": 2,
         "seconds": 3.0,
         "notes": ["O_DIRECT refused: buffered reads"],
+        "kv": None,
         "bytes_moved": (4 << 30) + 5,
     }
 
