@@ -15,8 +15,8 @@ from tierstore.formats.grids import grid_of
 from tierstore.formats.named import FORMATS
 
 NAMES = [name for name in FORMATS if name != "bf16"]
-SLACK = 1 + 1e-5
-"""For sums of squares in float32."""
+SLACK = 1e-5
+"""For sums of squares in float32, which may be a little below 0."""
 
 
 def matrices(n: int, k: int, seed: int, tokens: int | None = None) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ def check_no_row_is_worse(form: Format, weights: Tensor, gram: Tensor) -> None:
         assert (str(found[spec.name].dtype)[6:], tuple(found[spec.name].shape)) == (spec.dtype, spec.shape)
     assert same(found, pack_with_feedback(form, weights, gram))
     before, after = (output_errors(form, parts, weights, gram) for parts in (form.pack(weights), found))
-    assert (after <= before * SLACK).all()
+    assert (after <= before + SLACK * before.abs()).all()
 
 
 # Laws
