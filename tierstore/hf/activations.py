@@ -10,7 +10,7 @@ from torch import nn
 
 from tierstore.activation_plan import LayerShape
 from tierstore.errors import ModuleError
-from tierstore.hf.kv.paged import _MASKED as MASKED
+from tierstore.hf.kv.paged import MASKED
 
 MASKLESS = ("flash", "flex")
 """Attention of these kinds writes down neither scores nor masks as wide as all keys."""

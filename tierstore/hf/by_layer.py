@@ -4,8 +4,7 @@ brought once, however many chunks there are."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,8 @@ from transformers.cache_utils import Cache
 from tierstore.activation_plan import LayerShape
 from tierstore.binding.forwards import interpose, is_watched, withdraw
 from tierstore.errors import ModuleError
+from tierstore.hf.kv.attending import attending, attention_configs
 from tierstore.hf.kv.attention import ORIGINALS, register
-from tierstore.hf.kv.generating import _attention_configs
 from tierstore.hf.kv.masks import LazyMask
 from tierstore.hf.layers import HIDDEN, layers_path
 from tierstore.hf.waiting import Waiting, WaitingStates, waiting_for
@@ -46,7 +45,7 @@ class LayerByLayer:
     def __init__(self, module: nn.Module, backend: Backend | None) -> None:
         self._module, self._backend = module, backend
         self._layers = list(module.get_submodule(layers_path(module)).children())
-        self._configs = _attention_configs(module)
+        self._configs = attention_configs(module)
         self._heads = int(self._configs[0].num_attention_heads)
         chosen = str(self._configs[0]._attn_implementation)
         if chosen not in ORIGINALS:
@@ -90,7 +89,7 @@ class LayerByLayer:
         one chunk, and the arguments for them alone."""
         self._run = run = _Run(chunks, ends, take)
         try:
-            with self._attending():
+            with attending(self._configs, self._attention):
                 forward(**given)
         finally:
             self._run = None
@@ -106,18 +105,6 @@ class LayerByLayer:
     def _stand_for(self, module: nn.Module, through: Callable[..., Any]) -> None:
         interpose(module, through)
         self._throughs.append((module, through))
-
-    @contextmanager
-    def _attending(self) -> Iterator[None]:
-        """Within, masks are lazy."""
-        before = [config._attn_implementation_internal for config in self._configs]
-        try:
-            for config in self._configs:
-                config._attn_implementation_internal = self._attention
-            yield
-        finally:
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation_internal = name
 
     def _through_model(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         run = self._run

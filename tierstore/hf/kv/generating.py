@@ -23,6 +23,7 @@ from tierstore.binding.forwards import interpose, withdraw
 from tierstore.budget import Budget
 from tierstore.errors import CapacityError, ModuleError, PageLostError
 from tierstore.events import Recorder
+from tierstore.hf.kv.attending import attending, attention_configs
 from tierstore.hf.kv.attention import ORIGINALS, register
 from tierstore.hf.kv.cache import PagedCache
 from tierstore.hf.kv.calls import Call, standard_positions
@@ -88,7 +89,7 @@ class KvGeneration:
         self._forward = Forward(inspect.signature(module.forward).parameters, getattr(module, "config", None))
         if not self._forward.cache:
             raise ModuleError(f"the forward of {type(module).__name__} takes no cache: load it without kv_hbm")
-        self._configs = _attention_configs(module)
+        self._configs = attention_configs(module)
         self._attention = self._register(notes)
         self._stages: list[Stage] = [self._run, self._recomputing, self._in_chunks, self._reusing]
         self._generating = 0
@@ -244,14 +245,8 @@ class KvGeneration:
         if self._attention is None:
             yield
             return
-        before = [config._attn_implementation_internal for config in self._configs]
-        try:
-            for config in self._configs:
-                config._attn_implementation_internal = self._attention
+        with attending(self._configs, self._attention):
             yield
-        finally:
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation_internal = name
 
     def _register(self, notes: MutableSequence[str]) -> str | None:
         """The name of attention over pages for this model; None where it has none of its own to stand for."""
@@ -268,17 +263,6 @@ class KvGeneration:
         other = "sdpa" if getattr(self.module, "_supports_sdpa", False) else "eager"
         notes.append(f"{name} asks for {chosen} attention: over pages it has the numbers of {other}")
         return register(other)
-
-
-def _attention_configs(module: nn.Module) -> list[Any]:
-    """The config objects that the attention of the decoder reads."""
-    text: Any = module.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    found = {id(text): text}
-    for each in module.modules():
-        config = getattr(each, "config", None)
-        if isinstance(getattr(each, "layer_idx", None), int) and type(config) is type(text):
-            found[id(config)] = config
-    return list(found.values())
 
 
 def _called(call: Call) -> Any:

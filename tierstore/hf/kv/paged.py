@@ -15,7 +15,8 @@ from tierstore.hf.kv.room import Room
 from tierstore.hf.kv.state import CacheState
 from tierstore.kernels.paged_attention.partial import Partial, combine, merge, partial, shared, working
 
-_MASKED = 1 << 22  # so many elements of a mask, at most, at once
+MASKED = 1 << 22
+"""So many elements of a mask, at most, at once."""
 _SUMMED = 1 << 16  # so many numbers of parts wait to be added up at once
 
 
@@ -111,7 +112,7 @@ class Masks:
 
     def step(self, group: Group) -> int:
         """How many queries at once."""
-        return max(_MASKED // (len(group.rows) * group.keys.shape[2]), 1)
+        return max(MASKED // (len(group.rows) * group.keys.shape[2]), 1)
 
     def of(self, group: Group, queries: slice) -> Tensor | None:
         """Which keys of ``group`` the ``queries`` see, for ``partial``; None for all of them."""
@@ -139,7 +140,7 @@ class Masks:
             seen = valid[:, None, None, :]
         else:
             seen = self._sliced(self._mask, rows, queries, where, valid)
-        if seen.numel() <= _MASKED // 16 and isinstance(self._mask, LazyMask):
+        if seen.numel() <= MASKED // 16 and isinstance(self._mask, LazyMask):
             self._passing.masks[name] = seen
         return seen
 
