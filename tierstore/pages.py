@@ -248,7 +248,7 @@ class PageTable:
     def usage(self) -> PageUsage:
         """How the pages are used now."""
         used: dict[int, int] = {}
-        for found in self._sequences.values():
+        for found in list(self._sequences.values()):  # a copy: whoever watches a model asks from another thread
             for index, page in enumerate(found.pages):
                 if page != GONE:
                     tokens = min(found.length - index * self.page_tokens, self.page_tokens)

@@ -193,7 +193,8 @@ class Pager:
 
     def usage(self) -> PagerUsage:
         """What is where, and what was moved."""
-        cells = [cell for cells in self._places.cells for cell in cells.values()]
+        # copies: whoever watches a model asks from another thread
+        cells = [cell for cells in list(self._places.cells) for cell in list(cells.values())]
         closed = [cell for cell in cells if cell.closed and not cell.lost]
         in_hbm = sum(cell.frame != NOWHERE for cell in closed)
         in_ram = sum(cell.frame == NOWHERE and cell.ram != NOWHERE for cell in closed)
