@@ -43,11 +43,6 @@ class KvUsage:
     pages: tuple[PageUsage, ...]
     cells: tuple[PagerUsage, ...]
 
-    @property
-    def stored_nbytes(self) -> int:
-        """Bytes of closed cells in all tiers, each once."""
-        return sum(usage.hbm_nbytes + usage.ram_nbytes + usage.nvme_nbytes for usage in self.cells)
-
 
 class KvMemory:
     """Frames, page tables and pagers for the layers of one model, within a budget. Used by one thread at a time.

@@ -119,6 +119,13 @@ class Rows:
 
     def select(self, sources: Sequence[int]) -> None:
         """Let row ``i`` become what row ``sources[i]`` was: no bytes move."""
+        if len(sources) == len(self.rows):  # beams, at every token: costs what differs, not all pages
+            for kind, table in enumerate(self._tables):
+                own = [row.sequences[kind] for row in self.rows]
+                table.reorder(own, [own[source] for source in sources])
+            spans = [list(self.rows[source].spans) for source in sources]
+            self.rows = [Row(row.sequences, each) for row, each in zip(self.rows, spans, strict=True)]
+            return
         olds, self.rows = self.rows, [self._fork(self.rows[source]) for source in sources]
         for row in olds:
             self._remove(row)
