@@ -24,6 +24,7 @@ ERRORS = {
     "StoreBusyError": "StoreError",
     "ChecksumError": "StoreError",
     "CheckpointError": "TierstoreError",
+    "RowError": "TierstoreError",
     "ModuleError": "TierstoreError",
     "PageLostError": "TierstoreError",
     "DeviceError": "TierstoreError",

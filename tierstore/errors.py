@@ -13,6 +13,7 @@
     │   ├── StoreBusyError                 another live process uses the directory
     │   └── ChecksumError                  bytes came back different from what was written
     ├── CheckpointError(ValueError)        a checkpoint does not describe the model it is loaded into
+    ├── RowError(ValueError)               a row of a batch cannot be answered; the others can
     ├── ModuleError(TypeError)             a module or parameter cannot be offloaded, with the reason
     ├── PageLostError(LookupError)         cells of KV pages that were put down cannot be brought back
     ├── DeviceError(RuntimeError)          a device, driver or option this machine does not have
@@ -81,6 +82,10 @@ class ChecksumError(StoreError):
 
 class CheckpointError(TierstoreError, ValueError):
     """A checkpoint and the model it is loaded into disagree."""
+
+
+class RowError(TierstoreError, ValueError):
+    """One row of a batch is malformed, or asks for what cannot be honoured. The other rows are not concerned."""
 
 
 class ModuleError(TierstoreError, TypeError):

@@ -1,0 +1,1 @@
+"""Batches of rows: a file of prompts in, a file of results out."""
