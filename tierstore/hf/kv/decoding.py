@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tierstore.hf.kv.masks import LazyMask
-from tierstore.hf.kv.reading import Places, Source
+from tierstore.hf.kv.sources import Places, Source
 from tierstore.hf.kv.state import CacheState
 from tierstore.kernels.paged_attention.partial import Partial, combine
 

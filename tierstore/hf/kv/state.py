@@ -12,8 +12,9 @@ from tierstore.errors import ModuleError
 from tierstore.hf.kv.kinds import KvKind
 from tierstore.hf.kv.memory import KvMemory
 from tierstore.hf.kv.passes import Columns, KindPass
-from tierstore.hf.kv.reading import Known, Reader
+from tierstore.hf.kv.reading import Reader
 from tierstore.hf.kv.rows import Rows
+from tierstore.hf.kv.sources import Known
 from tierstore.hf.kv.states import LayerStates, PagedStates
 
 
