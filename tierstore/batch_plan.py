@@ -1,10 +1,18 @@
-"""Chooses how many tokens a micro-batch has, how many of them go through the weights in one pass, and for how many
-sequences at once."""
+"""Chooses how many tokens a micro-batch has, how many micro-batches a pass, and how many sequences go on at once.
+
+One pass over the weights serves all tokens in it, so a pass that streams should have as many as compute in the time
+that the weights take: fewer waste the processor, and many more wait in memory for nothing. It is the throughput-bound
+choice of FlexGen (Sheng et al. 2023, arXiv 2303.06865) for sequences that come and go.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
+
+from tierstore.budget import format_nbytes
+from tierstore.errors import PlanError
 
 __all__ = [
     "CPU_TOKENS",
@@ -23,6 +31,15 @@ CPU_TOKENS = (8, 16, 32, 64, 128)
 CUDA_TOKENS = (32, 64, 128, 256, 512, 1024)
 """Tokens of a micro-batch to choose from on a GPU."""
 
+NEAR = 1.05
+"""A plan that takes so many times the seconds of the fastest is as good: what was measured is no more exact."""
+
+SPARE = 1.5
+"""A pass that streams has so many times the tokens that it needs, so that it has enough while sequences come and go."""
+
+STEP = 1.02
+"""Passes are compared that are so many times as large as the one before."""
+
 
 @dataclass(frozen=True, slots=True)
 class BatchCosts:
@@ -37,12 +54,13 @@ class BatchCosts:
 @dataclass(frozen=True, slots=True)
 class BatchJob:
     """All that a job has to do: ``sequences`` (rows times samples) with prompts of ``prompt_tokens`` in the mean, which
-    generate ``new_tokens`` in the mean, ``most_prompt_tokens`` and ``most_new_tokens`` at most."""
+    become longer by ``new_tokens`` in the mean and by ``most_new_tokens`` at most.
+
+    Tokens that many prompts begin with are computed once and should be left out of ``prompt_tokens``."""
 
     sequences: int
     prompt_tokens: float
     new_tokens: float
-    most_prompt_tokens: int
     most_new_tokens: int
 
 
@@ -51,7 +69,7 @@ class KvTier:
     """``pages`` of the KV cache rest here; each of them takes ``seconds_per_page`` in every pass that reads it."""
 
     pages: int
-    seconds_per_page: float
+    seconds_per_page: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +85,21 @@ class BatchRoom:
     waiting_nbytes_per_token: int = 0
     activations: int | None = None
 
+    @property
+    def pages(self) -> int:
+        """Pages of all tiers."""
+        return sum(tier.pages for tier in self.kv)
+
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
     """A pass has up to ``micro_batches`` of ``tokens`` tokens, for up to ``sequences`` sequences.
 
-    ``seconds_per_pass`` is a full one in the steady state, in which compute takes ``compute_seconds`` and
-    ``transfer_seconds`` go to weights and KV; then ``tokens_per_second`` are generated. ``seconds`` is the whole job,
-    of which ``tail_seconds`` are passes with few sequences left. ``bound`` says what keeps it from being faster:
-    "compute", "transfer", "pages", "open pages", "rows" or "activations".
+    ``seconds_per_pass`` is a pass in the steady state, in which the processor computes for ``compute_seconds`` and
+    links are busy with weights and KV for ``transfer_seconds``; then ``tokens_per_second`` are generated. ``seconds``
+    is the whole job; in the last ``tail_seconds`` few sequences are left. ``bound`` says what keeps the job from being
+    faster: "compute", "transfer", "pages", "open pages", "rows" or "activations"; ``wanted`` sequences would be enough
+    to compute for as long as the weights take.
     """
 
     tokens: int
@@ -88,16 +112,191 @@ class BatchPlan:
     tail_seconds: float
     seconds: float
     bound: str
+    wanted: int
 
     def explain(self) -> str:
         """What was chosen and why, in a few lines for people."""
-        return ""
+        micro = "1 micro-batch" if self.micro_batches == 1 else f"up to {self.micro_batches} micro-batches"
+        lines = [
+            f"{self.sequences} sequences at once, in passes of {micro} of {self.tokens} tokens",
+            f"  a pass takes about {self.seconds_per_pass:.4g} s, bound by {self.bound} "
+            f"(alone: compute {self.compute_seconds:.4g} s, transfer {self.transfer_seconds:.4g} s)",
+            f"  about {self.tokens_per_second:.4g} tokens a second are generated, the job takes about "
+            f"{self.seconds:.4g} s",
+            f"  {_REASONS[self.bound].format(wanted=self.wanted)}",
+        ]
+        if self.tail_seconds >= self.seconds / 20:
+            lines.append(
+                f"  few sequences are left in the last {self.tail_seconds:.4g} s: more rows in a job use them better"
+            )
+        return "\n".join(lines)
+
+
+_WANTED = "{wanted} sequences would keep the processor busy"
+_REASONS = {
+    "compute": "the processor is never idle: more sequences would not be faster",
+    "transfer": "more sequences bring as much KV as they gain: more of it in hbm, or fewer bytes of it, is faster",
+    "pages": f"{_WANTED}, pages have no room for them: give the KV cache more bytes, or allow fewer new tokens",
+    "open pages": f"{_WANTED}, fewer can have a page open: give the KV cache more bytes in hbm",
+    "rows": f"{_WANTED}: a job of more rows takes hardly longer",
+    "activations": f"{_WANTED}, hidden states of fewer fit: allow more bytes of activations",
+}
 
 
 def build_batch_plan(costs: BatchCosts, job: BatchJob, room: BatchRoom) -> BatchPlan:
     """The fastest plan for ``job``, as a pure function of its arguments.
 
-    ``tokens`` is one of ``costs.compute_seconds``: give a single one where it is decided already. Raises ``PlanError``
-    where ``activations`` do not hold one micro-batch, ``ValueError`` for numbers that cannot be.
+    ``tokens`` is one of ``costs.compute_seconds``: give a single one where it is decided already. Of those about as
+    fast it is the smallest. Raises ``PlanError`` where ``activations`` do not hold one micro-batch, ``ValueError`` for
+    numbers that cannot be.
     """
-    raise NotImplementedError
+    _check(costs, job, room)
+    fits = [n for n in sorted(costs.compute_seconds) if room.activations is None or _micro_batches(n, room)]
+    if not fits:
+        least = min(costs.compute_seconds)
+        needed = least * room.layer_nbytes_per_token
+        raise PlanError(
+            f"a micro-batch of {least} tokens needs {format_nbytes(needed)} of activations, the budget has "
+            f"{format_nbytes(room.activations or 0)}: raise Budget.activations to at least {needed} bytes",
+            needed=needed,
+        )
+    plans = [_Sizes(tokens, costs, job, room).best() for tokens in fits]
+    fastest = min(plan.seconds for plan in plans)
+    return next(plan for plan in plans if plan.seconds <= NEAR * fastest)
+
+
+def _check(costs: BatchCosts, job: BatchJob, room: BatchRoom) -> None:
+    seconds = [*costs.compute_seconds.values(), *(tier.seconds_per_page for tier in room.kv)]
+    if not costs.compute_seconds or min(costs.compute_seconds) < 1 or min(costs.compute_seconds.values()) <= 0:
+        raise ValueError(f"{costs}: at least one size with the seconds that it computes is needed")
+    if min(costs.transfer_seconds, costs.overhead_seconds, *seconds) < 0:
+        raise ValueError(f"{costs}, {room}: seconds must not be negative")
+    if job.sequences < 1 or min(job.prompt_tokens, job.new_tokens, job.most_new_tokens - job.new_tokens + 1) < 1:
+        raise ValueError(f"{job}: a sequence and at least one token of its prompt and of its text are needed")
+    if min(room.page_tokens, room.open_pages) < 1:
+        raise ValueError(f"{room}: pages of at least one token are needed, and an open one")
+
+
+def _micro_batches(tokens: int, room: BatchRoom) -> int:
+    """How many micro-batches ``room.activations`` hold."""
+    left = (room.activations or 0) - tokens * room.layer_nbytes_per_token
+    return 0 if left < 0 else 1 + left // max(tokens * room.waiting_nbytes_per_token, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Steady:
+    """A pass of ``micro_batches`` when sequences come and go: ``generated`` tokens in ``seconds``."""
+
+    micro_batches: int
+    sequences: int
+    generated: float
+    compute: float
+    transfer: float
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        return self.generated / self.seconds
+
+
+class _Sizes:
+    """Plans with micro-batches of ``tokens`` tokens."""
+
+    def __init__(self, tokens: int, costs: BatchCosts, job: BatchJob, room: BatchRoom) -> None:
+        self._tokens, self._costs, self._job, self._room = tokens, costs, job, room
+        self._micro_seconds = costs.compute_seconds[tokens]
+        prompt, new, size = job.prompt_tokens, job.new_tokens, room.page_tokens
+        # a sequence generates in ``new`` passes, after one or more that compute its prompt: in a pass, in the mean,
+        self._tokens_each = (prompt + new) / (new + 1)
+        open_each = 1 + prompt / (new + 1) / size  # its last page, and those that its prompt is written to
+        self._most = {
+            "rows": job.sequences,
+            "pages": max(1, room.pages // ceil((prompt + new) / size)),
+            "open pages": max(1, int(room.open_pages / open_each)),
+        }
+        self._most_sequences = min(self._most.values())
+        self._most_micro_batches = None if room.activations is None else _micro_batches(tokens, room)
+
+    def best(self) -> BatchPlan:
+        """The fewest sequences that are about as fast as any number, and some to spare where weights stream."""
+        passes = [self._steady(micro_batches) for micro_batches in self._candidates()]
+        best = max(each.rate for each in passes)
+        chosen = next(each for each in passes if NEAR * each.rate >= best)
+        if chosen.transfer:
+            chosen = self._steady(min(passes[-1].micro_batches, ceil(SPARE * chosen.micro_batches)))
+        return self._describe(chosen)
+
+    def _candidates(self) -> Iterator[int]:
+        most = ceil(self._most_sequences * self._tokens_each / self._tokens)
+        most = self._at_most(most)
+        micro_batches = 1
+        while micro_batches < most:
+            yield micro_batches
+            micro_batches = max(micro_batches + 1, int(micro_batches * STEP))
+        yield most
+
+    def _at_most(self, micro_batches: int) -> int:
+        return micro_batches if self._most_micro_batches is None else min(micro_batches, self._most_micro_batches)
+
+    def _steady(self, micro_batches: int) -> _Steady:
+        job, tokens = self._job, micro_batches * self._tokens
+        sequences = min(self._most_sequences, max(1, ceil(tokens / self._tokens_each)))
+        generated = job.new_tokens * min(
+            sequences / (job.new_tokens + 1), tokens / (job.prompt_tokens + job.new_tokens)
+        )
+        used = ceil(generated * (job.prompt_tokens + job.new_tokens) / job.new_tokens / self._tokens)
+        compute, transfer = used * self._micro_seconds, self._transfer(sequences)
+        return _Steady(
+            micro_batches,
+            sequences,
+            generated,
+            compute,
+            transfer,
+            max(compute, transfer) + self._costs.overhead_seconds,
+        )
+
+    def _transfer(self, sequences: int) -> float:
+        """Seconds in which weights and the KV of ``sequences`` in the middle of their lives come over the links."""
+        seconds = self._costs.transfer_seconds
+        pages = sequences * (self._job.prompt_tokens + self._job.new_tokens / 2) / self._room.page_tokens
+        for tier in self._room.kv:
+            here = min(pages, tier.pages)
+            seconds += here * tier.seconds_per_page
+            pages -= here
+        return seconds
+
+    def _pass(self, micro_batches: int, sequences: int) -> float:
+        return max(micro_batches * self._micro_seconds, self._transfer(sequences)) + self._costs.overhead_seconds
+
+    def _describe(self, steady: _Steady) -> BatchPlan:
+        job, sequences = self._job, steady.sequences
+        # prompts may use all that the weights take, also where too few sequences generate
+        weights = ceil(self._costs.transfer_seconds / self._micro_seconds)
+        micro_batches = max(steady.micro_batches, self._at_most(ceil(SPARE * weights)))
+        prompts = ceil(sequences * job.prompt_tokens / (micro_batches * self._tokens))
+        first = prompts * self._pass(micro_batches, sequences)
+        last = job.new_tokens * self._pass(ceil(sequences / self._tokens), sequences)
+        tail = (job.most_new_tokens - job.new_tokens) * self._pass(1, 1)
+        between = (job.sequences - sequences) * job.new_tokens / steady.rate
+        return BatchPlan(
+            tokens=self._tokens,
+            micro_batches=micro_batches,
+            sequences=sequences,
+            seconds_per_pass=steady.seconds,
+            compute_seconds=steady.compute,
+            transfer_seconds=steady.transfer,
+            tokens_per_second=steady.rate,
+            tail_seconds=tail,
+            seconds=first + between + last + tail,
+            bound=self._bound(steady),
+            wanted=ceil(weights * self._tokens / self._tokens_each),
+        )
+
+    def _bound(self, steady: _Steady) -> str:
+        if steady.compute >= steady.transfer:
+            return "compute"
+        if steady.sequences == self._most_sequences:
+            return min(self._most, key=self._most.__getitem__)
+        if steady.micro_batches == self._most_micro_batches:
+            return "activations"
+        return "transfer"

@@ -1,0 +1,188 @@
+"""Laws of a batch's schedule, over the real page table: every row ends, within every limit."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tierstore.batch_schedule import Limits, Part, Running, Waiting, admit, next_pass, page_keys
+from tierstore.pages import PageTable
+
+
+@dataclass
+class Row:
+    """``ends`` says after how many new tokens each sample is over."""
+
+    tokens: list[int]
+    new_tokens: int
+    ends: list[int]
+
+
+@dataclass
+class Live:
+    running: Running
+    tokens: list[int]
+    ends: list[int]
+    generated: int = 0
+    offered: int = 0
+
+
+@dataclass
+class Machine:
+    """Carries out what is scheduled, on a page table without a model; ``dice`` accept drafts."""
+
+    limits: Limits
+    rows: list[Row]
+    dice: Random
+    drafts: int = 0
+    seals_early: bool = True
+    live: list[Live] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
+    computed: int = 0
+
+    def __post_init__(self) -> None:
+        self.table = PageTable(self.limits.pages, self.limits.page_tokens)
+        self.waiting = deque(
+            Waiting(
+                number, len(row.tokens), row.new_tokens, len(row.ends), page_keys(row.tokens, self.table.page_tokens)
+            )
+            for number, row in enumerate(self.rows)
+        )
+        self.ends = {number: list(row.ends) for number, row in enumerate(self.rows)}
+        self.names = {number: number for number in range(len(self.rows))}
+
+    def run(self) -> None:
+        while self.waiting or self.live:
+            self.join()
+            parts = next_pass([each.running for each in self.live], self.limits)
+            assert parts, "nothing goes on although rows are left"
+            self.carry_out(parts)
+
+    def join(self) -> None:
+        for found in admit([each.running for each in self.live], self.waiting, self.limits):
+            row = next(each for each in self.waiting if each.row == found.row)
+            at = self.waiting.index(row)
+            name = self.names[row.row]
+            del self.waiting[at]
+            if found.samples < row.samples:
+                rest = replace(row, row=len(self.names), samples=row.samples - found.samples)
+                self.names[rest.row] = name
+                self.waiting.insert(at, rest)
+            tokens = self.rows[name].tokens
+            sequence = self.table.add()
+            length = self.table.share_prefix(sequence, tokens)
+            assert length >= found.found
+            ends = [self.ends[name].pop() for _ in range(found.samples)]
+            running = Running(
+                sequence, row.row, len(tokens), row.new_tokens, length, found.samples, row.keys, sealed=length
+            )
+            self.live.append(Live(running, tokens, ends))
+        assert sum(each.running.samples for each in self.live) <= self.limits.sequences
+
+    def carry_out(self, parts: list[Part]) -> None:
+        assert sum(part.tokens for part in parts) <= self.limits.tokens * self.limits.micro_batches
+        assert len({part.sequence for part in parts}) == len(parts)
+        assert [part.prompt for part in parts] == sorted(part.prompt for part in parts)
+        self.passes.append(sum(part.tokens for part in parts))
+        by_number = {each.running.sequence: each for each in self.live}
+        opened = {page for each in self.live for page in self.last_page(each)}
+        for part in parts:
+            each = by_number[part.sequence]
+            opened |= {run.page for run in self.table.append(part.sequence, part.tokens).runs}
+            opened |= set(self.last_page(each))
+            assert part.prompt == (each.running.length < each.running.prompt_tokens)
+            if part.prompt:
+                assert each.running.length + part.tokens <= each.running.prompt_tokens
+            else:
+                assert part.tokens <= 1 + each.running.drafts
+            each.running = replace(each.running, length=each.running.length + part.tokens)
+            self.computed += part.tokens
+        assert len(opened) <= self.limits.open_pages
+        for part in parts:
+            self.grow(by_number[part.sequence], part)
+
+    def last_page(self, each: Live) -> list[int]:
+        """The page that is open between passes."""
+        pages, full = divmod(self.table.length(each.running.sequence), self.table.page_tokens)
+        return [self.table.pages(each.running.sequence)[pages]] if full else []
+
+    def grow(self, each: Live, part: Part) -> None:
+        running = each.running
+        if part.prompt:
+            done = running.length == running.prompt_tokens
+            if done or self.seals_early:
+                self.table.seal(running.sequence, each.tokens[: running.length])
+                each.running = replace(running, sealed=running.length)
+            if done:
+                self.fork(each)
+            return
+        accepted = self.dice.randint(0, part.tokens - 1)
+        length = running.length - (part.tokens - 1 - accepted)
+        self.table.crop(running.sequence, length)
+        each.running = replace(running, length=length)
+        each.generated += 1 + accepted
+        assert each.generated <= running.new_tokens
+        self.settle(each)
+
+    def fork(self, each: Live) -> None:
+        at = self.live.index(each)
+        ends, each.ends = each.ends, each.ends[:1]
+        each.running = replace(each.running, samples=1)
+        more = [
+            Live(replace(each.running, sequence=self.table.fork(each.running.sequence)), each.tokens, [end])
+            for end in ends[1:]
+        ]
+        self.live[at + 1 : at + 1] = more
+        for one in (each, *more):
+            one.generated = 1
+            self.settle(one)
+
+    def settle(self, each: Live) -> None:
+        if each.generated >= min(each.ends[0], each.running.new_tokens):
+            self.table.remove(each.running.sequence)
+            self.live.remove(each)
+            self.ended.append(self.names[each.running.row])
+        else:
+            each.running = replace(each.running, drafts=self.dice.randint(0, self.drafts))
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> Machine:
+    size = draw(st.sampled_from([1, 2, 4, 8]))
+    begin = [list(range(1, 1 + draw(st.integers(0, 3 * size)))) for _ in range(2)]
+    rows = []
+    for number in range(draw(st.integers(1, 12))):
+        own = [100 + draw(st.integers(0, 2))] * draw(st.integers(1, 3 * size)) + [number] * draw(st.integers(0, 1))
+        new = draw(st.integers(1, 2 * size + 2))
+        ends = draw(st.lists(st.integers(1, new), min_size=1, max_size=4))
+        rows.append(Row(draw(st.sampled_from(begin)) + own, new, ends))
+    longest = max(-(-(len(row.tokens) + row.new_tokens) // size) for row in rows)
+    limits = Limits(
+        tokens=draw(st.sampled_from([1, 2, 8, 32])),
+        micro_batches=draw(st.integers(1, 3)),
+        sequences=draw(st.integers(1, 8)),
+        page_tokens=size,
+        pages=longest + draw(st.integers(0, 3 * longest)),
+        open_pages=draw(st.integers(1, 10)),
+    )
+    return Machine(
+        limits,
+        rows,
+        Random(draw(st.integers(0, 99))),
+        drafts=draw(st.sampled_from([0, 5])),
+        seals_early=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(machine=machines())
+def test_every_row_ends_within_every_limit(machine: Machine) -> None:
+    machine.run()
+    asked = sorted(number for number, row in enumerate(machine.rows) for _ in row.ends)
+    assert sorted(machine.ended) == asked
+    assert machine.table.usage().held_pages == 0
