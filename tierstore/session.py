@@ -7,17 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from torch import nn
 
 from tierstore.backends import Backend
+from tierstore.binding.baton import Baton
 from tierstore.binding.binder import Binder
 from tierstore.binding.passes import Passes
 from tierstore.binding.uninterrupted import Uninterrupted
 from tierstore.budget import Budget, Tier
 from tierstore.composing import TYPICAL_LINKS
-from tierstore.errors import BudgetError
+from tierstore.errors import BudgetError, SessionClosedError
 from tierstore.generation import Generation, make_generation
 from tierstore.plan import Links, Plan, remeasure
 from tierstore.report.report import Report
@@ -27,6 +28,8 @@ from tierstore.tensors import Unit
 
 if TYPE_CHECKING:
     from tierstore.hf.kv.cache import PagedCache
+
+T = TypeVar("T")
 
 
 class Engaged:
@@ -38,6 +41,7 @@ class Engaged:
         self.runtime = runtime
         self.binder = binder
         self.passes = 0
+        self._module = module
         self._tally = tally
         self._planned = tuple(units)  # also what stays in place and never moves
         self._pass_began = 0.0
@@ -72,6 +76,14 @@ class Engaged:
         compute = {unit.name: unit.nbytes * rate for unit in units}
         measured = remeasure(moving, units, links=links, compute_seconds=compute)
         return replace(measured, tier=plan.tier)
+
+    def together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """What ``calls`` give, which take turns at the units that stream."""
+        stations = self.binder.stations(self._module) if len(calls) > 1 else {}
+        if not stations:
+            return [call() for call in calls]
+        device = self.runtime.backend.device
+        return Baton(self._module, stations, self.binder.loans, self._watch, device).run(calls)
 
     def stop(self) -> None:
         """Stop watching passes. Idempotent."""
@@ -187,6 +199,22 @@ class Session:
         if self._engaged is None:
             return 0, 0
         return self._engaged.runtime.prefetcher.progress
+
+    def together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """What each of ``calls`` gives, in their order; each is a forward of ``module``, or several.
+
+        They take turns in this thread: every unit of weights that is fetched serves all calls before the next one is,
+        so that a pass over the weights is moved once, however many calls there are. Where nothing has to move they run
+        one after the other. Grad mode, inference mode, autocast and context variables are each call's own, as they
+        are here when it begins; random numbers are drawn from torch's one generator, by whoever is at it. Calls that
+        use caches of ``kv``, or a bound on activations with waiting hidden states, go through the module one by one.
+
+        The first error that a call raises ends all others, where they wait, and is raised. Raises
+        ``SessionClosedError``, and ``DeviceError`` where the package greenlet is missing.
+        """
+        if self._finish is None:
+            raise SessionClosedError("the session is closed: call the module itself, or open another session")
+        return [call() for call in calls] if self._engaged is None else self._engaged.together(calls)
 
     def close(self) -> None:
         """End every transfer and thread and leave the module as it was found. Idempotent.

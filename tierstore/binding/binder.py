@@ -40,7 +40,7 @@ class Binder:
 
     def __init__(self, held: Sequence[Held], groups: Sequence[Group], loans: Loans, device: torch.device) -> None:
         self._held = list(held)
-        self._loans = loans
+        self.loans = loans
         self._device = device
         self._groups = list(groups)
         self._turns: dict[str, Turn] = {}
@@ -53,16 +53,14 @@ class Binder:
         seats: dict[str, list[Seat]] = {}
         for item in self._held:
             tensor = item.entry.tensor
-            view = View(self._loans, item.block, item.meta, self._device)
+            view = View(self.loans, item.block, item.meta, self._device)
             self._originals[id(item.entry)] = become_ghost(tensor, view)
-            seats.setdefault(self._loans.unit_of(item.block), []).append(
-                Seat(tensor, view, tuple(item.entry.locations))
-            )
+            seats.setdefault(self.loans.unit_of(item.block), []).append(Seat(tensor, view, tuple(item.entry.locations)))
         for group in self._groups:
             if group.turns:
-                turn = self._turns[group.name] = Turn(group.name, seats[group.name], self._loans)
+                turn = self._turns[group.name] = Turn(group.name, seats[group.name], self.loans)
                 turn.watch(group.turns)
-        self._loans.step_aside = self._step_aside
+        self.loans.step_aside = self._step_aside
         self._conversions.watch(location.owner for item in self._held for location in item.entry.locations)
         self._forget_originals()
 
@@ -75,7 +73,7 @@ class Binder:
         made: dict[str, Slot] = {}
         blocks: dict[str, torch.UntypedStorage] = {}
         for item in self._held:
-            unit = self._loans.unit_of(item.block)
+            unit = self.loans.unit_of(item.block)
             tensor = item.entry.tensor
             if unit in chosen and can_swap(tensor):
                 slot = made.get(unit) or made.setdefault(unit, slots(unit))
@@ -85,6 +83,23 @@ class Binder:
                     storage = blocks[item.block] = slot.apart(item.block, nbytes)
                 become_real(tensor, view_like(item.meta, storage))
                 self._settled[id(item.entry)] = storage._cdata
+
+    def stations(self, root: nn.Module) -> dict[nn.Module, str]:
+        """The modules whose forward uses a unit that may have to be fetched, each with that unit, in order of use.
+
+        Those without a turn are childless, and of several units of theirs it is the first. Tables are not among them:
+        their rows are looked up."""
+        found: dict[nn.Module, str] = {}
+        for turn in self._turns.values():
+            found.update(dict.fromkeys(turn.modules, turn.unit))
+        without = {group.name for group in self._groups if not group.turns}
+        for item in self._held:
+            unit = self.loans.unit_of(item.block)
+            if unit in without and id(item.entry) not in self._settled:
+                for owner in (location.owner for location in item.entry.locations):
+                    if not isinstance(owner, nn.Embedding) and not any(True for _ in owner.children()):
+                        found.setdefault(owner, unit)
+        return {module: found[module] for module in root.modules() if module in found}
 
     def unbind(self, restore: Callable[[Held], Tensor]) -> None:
         """Put real tensors back: ``restore`` gives each one's memory, on its original device."""
@@ -110,7 +125,7 @@ class Binder:
         self._stop()
         for item in self._held:
             if id(item.entry) in self._settled and can_swap(item.entry.tensor):
-                become_ghost(item.entry.tensor, View(self._loans, item.block, item.meta, self._device))
+                become_ghost(item.entry.tensor, View(self.loans, item.block, item.meta, self._device))
 
     def _rebound(self, item: Held) -> Tensor | None:
         """The memory that a settled tensor was given since, by ``.data = ...``, on its own device; None for others."""
@@ -138,7 +153,7 @@ class Binder:
             turn.unwatch()
         self._turns.clear()
         self._conversions.unwatch()
-        self._loans.step_aside = lambda: False
+        self.loans.step_aside = lambda: False
 
     def _step_aside(self) -> bool:
         return any([turn.step_aside() for turn in self._turns.values()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Condition, get_ident
 from typing import Protocol, cast
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from tierstore.binding.slot import Slot
 from tierstore.binding.uninterrupted import Uninterrupted
 from tierstore.contracts import Lease
-from tierstore.errors import CapacityError
+from tierstore.errors import CapacityError, TierstoreError
 from tierstore.prefetch import Prefetcher
 from tierstore.tensors import Unit
 
@@ -35,6 +36,19 @@ class Rows(Protocol):
     def read_rows(self, block: str, row_nbytes: int, rows: Sequence[int], into: Tensor) -> None:
         """Fill ``into`` (1-D uint8 on the compute device) with the rows, one after the other."""
         ...
+
+
+@dataclass(eq=False)
+class Stay:
+    """A unit that is kept in memory between its uses, by the thread in ``threads``."""
+
+    loans: Loans
+    name: str
+    threads: list[int]
+
+    def end(self) -> None:
+        """Idempotent: it may also have made room for something else."""
+        self.loans.end_stay(self)
 
 
 class Loans:
@@ -64,6 +78,7 @@ class Loans:
         self._waiting: set[int] = set()
         self._releases = 0
         self._changed = Condition()
+        self._stays: list[Stay] = []
         self.step_aside: Callable[[], bool] = lambda: False
 
     def unit_of(self, block: str) -> str:
@@ -84,7 +99,7 @@ class Loans:
                     leases = self.prefetcher.acquire(names)
                     break
                 except CapacityError:
-                    if not self.step_aside() and not self._wait_for_others(seen, deadline):
+                    if not self._end_stays() and not self.step_aside() and not self._wait_for_others(seen, deadline):
                         raise
         except BaseException:
             self._end_use(threads)
@@ -109,6 +124,30 @@ class Loans:
     def let_go(self, name: str) -> None:
         """End a ``detain``."""
         self.prefetcher.release([name])
+
+    def stay(self, name: str) -> Stay | None:
+        """Keep a unit in memory between its uses, for as long as nothing else needs the room; None where that cannot
+        be, for whatever reason: those who use it are told."""
+        threads = [get_ident()]
+        try:
+            self.acquire([name], threads)
+        except TierstoreError:
+            return None
+        stay = Stay(self, name, threads)
+        self._stays.append(stay)
+        return stay
+
+    def end_stay(self, stay: Stay) -> bool:
+        """End a ``stay``; whether it had not ended before."""
+        with self._changed:
+            if stay not in self._stays:
+                return False
+            self._stays.remove(stay)
+        self.release([stay.name], stay.threads)
+        return True
+
+    def _end_stays(self) -> bool:
+        return any([self.end_stay(stay) for stay in list(self._stays)])
 
     def _wait_for_others(self, seen: int, deadline: float) -> bool:
         """Wait for a release since ``seen``; False when no other thread uses anything, or all of them wait as well."""

@@ -26,6 +26,12 @@ class Passes:
         """Stop watching. Idempotent."""
         unwatch(self._root, self)
 
+    def next(self) -> None:
+        """Let the pass under way be over, as a whole, and another begin, within the forwards that are under way."""
+        with self._lock:
+            self._end(True)
+            self._begin()
+
     def enter(self) -> None:
         with self._lock:
             self._depth += 1

@@ -88,6 +88,11 @@ class Turn:
             watch(module, self)
             self._modules.append(module)
 
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """Those whose forward is the turn."""
+        return tuple(self._modules)
+
     def unwatch(self) -> None:
         """See no more forwards, and end a turn that is under way."""
         while self._modules:
@@ -145,12 +150,15 @@ class Turn:
             return False
         try:
             self._free_detained()
-            if not self._pinned or self._nested:
+            if not self._pinned or (self._nested and set(self._threads) != {get_ident()}):
                 return False
             if self._placed is not None:
                 if self._placed.escaped(seated=self._places):
                     return False
                 self._take_back()
+            for _ in range(self._nested):
+                self._loans.let_go(self.unit)
+            self._nested = 0
             self._unpin()
             return True
         finally:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from tierstore.binding.baton import uninterleaved
+
 
 def attention_configs(module: nn.Module) -> list[Any]:
     """The config objects that the attention of the decoder reads."""
@@ -24,10 +26,11 @@ def attention_configs(module: nn.Module) -> list[Any]:
 def attending(configs: Sequence[Any], name: str) -> Iterator[None]:
     """Within, the model of ``configs`` attends by the function that is registered under ``name``."""
     before = [config._attn_implementation_internal for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation_internal = name
-        yield
-    finally:
-        for config, own in zip(configs, before, strict=True):
-            config._attn_implementation_internal = own
+    with uninterleaved():
+        try:
+            for config in configs:
+                config._attn_implementation_internal = name
+            yield
+        finally:
+            for config, own in zip(configs, before, strict=True):
+                config._attn_implementation_internal = own

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from tierstore.binding.baton import uninterleaved
 from tierstore.binding.forwards import interpose, withdraw
 from tierstore.budget import Budget
 from tierstore.errors import CapacityError, ModuleError, PageLostError
@@ -243,7 +244,8 @@ class KvGeneration:
     def _attending(self) -> Iterator[None]:
         """Within, the model's attention is the one over pages."""
         if self._attention is None:
-            yield
+            with uninterleaved():  # the memory is written for one forward at a time
+                yield
             return
         with attending(self._configs, self._attention):
             yield
