@@ -79,7 +79,7 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """``row`` joins with ``samples`` of its samples, all or as many as can be under way at once: the others wait on.
+    """``row`` joins with ``samples`` of its samples: all, or as many as can be under way at once; the others wait on.
 
     At least ``found`` tokens of its prompt are there already. Where they are not, as pages are lost, it would take more
     pages than it was counted for: it should leave again, and wait without keys.
@@ -121,16 +121,17 @@ def admit(running: Sequence[Running], waiting: Iterable[Waiting], limits: Limits
     """Which of ``waiting`` join those that are ``running``, in order; nobody overtakes a row that lacks room.
 
     A row whose prompt begins with pages that are being computed right now waits until they are sealed, since it
-    can share them then; others may overtake it. Raises ``ValueError`` for a row that is ``too_long``.
+    can share them then; the other samples of a row that is under way wait until it has ended. These may be overtaken.
+    Raises ``ValueError`` for a row that is ``too_long``.
     """
-    book = _Book(running, limits)
+    book, under_way = _Book(running, limits), {each.row for each in running}
     admissions = []
     for row in islice(waiting, LOOK_AHEAD):
         if too_long(row, limits) is not None:
             raise ValueError(f"{row} could never run within {limits}: leave out what is too long")
         if book.samples >= limits.samples:
             break
-        if not book.pending.isdisjoint(row.keys):
+        if row.row in under_way or not book.pending.isdisjoint(row.keys):
             continue
         samples = min(row.samples, _samples_alone(row, limits))
         if not book.has_room(row, samples):

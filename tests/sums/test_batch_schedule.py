@@ -54,7 +54,6 @@ class Machine:
             for number, row in enumerate(self.rows)
         )
         self.ends = {number: list(row.ends) for number, row in enumerate(self.rows)}
-        self.names = {number: number for number in range(len(self.rows))}
 
     def run(self) -> None:
         while self.waiting or self.live:
@@ -67,17 +66,14 @@ class Machine:
         for found in admit([each.running for each in self.live], self.waiting, self.limits):
             row = next(each for each in self.waiting if each.row == found.row)
             at = self.waiting.index(row)
-            name = self.names[row.row]
             del self.waiting[at]
             if found.samples < row.samples:
-                rest = replace(row, row=len(self.names), samples=row.samples - found.samples)
-                self.names[rest.row] = name
-                self.waiting.insert(at, rest)
-            tokens = self.rows[name].tokens
+                self.waiting.insert(at, replace(row, samples=row.samples - found.samples))
+            tokens = self.rows[row.row].tokens
             sequence = self.table.add()
             length = self.table.share_prefix(sequence, tokens)
             assert length >= found.found
-            ends = [self.ends[name].pop() for _ in range(found.samples)]
+            ends = [self.ends[row.row].pop() for _ in range(found.samples)]
             running = Running(
                 sequence, row.row, len(tokens), row.new_tokens, length, found.samples, row.keys, sealed=length
             )
@@ -146,7 +142,7 @@ class Machine:
         if each.generated >= min(each.ends[0], each.running.new_tokens):
             self.table.remove(each.running.sequence)
             self.live.remove(each)
-            self.ended.append(self.names[each.running.row])
+            self.ended.append(each.running.row)
         else:
             each.running = replace(each.running, drafts=self.dice.randint(0, self.drafts))
 
