@@ -69,6 +69,37 @@ def load(
     Raises ``PlanError`` with the smallest budget that would do, ``BudgetError``, ``CheckpointError``
     and ``StoreError``; nothing is left open then.
     """
+    return load_divided(
+        path,
+        budget,
+        lambda checkpoint, chosen: budget,
+        device=device,
+        dtype=dtype,
+        kv_format=kv_format,
+        hidden_states=hidden_states,
+        store=store,
+        model_class=model_class,
+        trust_remote_code=trust_remote_code,
+        backend=backend,
+    )
+
+
+def load_divided(
+    path: str | os.PathLike[str],
+    budget: Budget,
+    divide: Callable[[Checkpoint, Backend], Budget],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    kv_format: str | None = None,
+    hidden_states: str | None = None,
+    store: str | os.PathLike[str] | None = None,
+    model_class: type | None = None,
+    trust_remote_code: bool = False,
+    backend: Backend | None = None,
+) -> Session:
+    """As ``load``, within what ``divide`` makes of ``budget`` when it knows checkpoint and device: the same bytes,
+    shared out in another way. What it raises comes out."""
     if not isinstance(budget, Budget):
         raise BudgetError(f"load takes a Budget, got {type(budget).__name__}: write Budget(hbm='4GiB', ...)")
     chosen = backend or backend_for(device)
@@ -84,6 +115,7 @@ def load(
     )
     with ExitStack() as undo:
         undo.callback(checkpoint.store.close)
+        budget = divide(checkpoint, chosen)
         session = _engage(checkpoint, budget, chosen)
         undo.pop_all()
     folder = checkpoint.path if store is None else Path(store)

@@ -68,10 +68,8 @@ class KvMemory:
         self._backend, self._recorder = backend, recorder
         if budget.kv_nvme and folder is None:
             raise BudgetError("Budget.kv_nvme is given and there is no folder for pages on disk: give store=")
-        shapes = [
-            (kind, KvShape(kind[0].heads, kind[0].key_dim, kind[0].value_dim, page_tokens)) for kind in alike(layers)
-        ]
-        kinds = [_page_kind(kind, shape, dtype, form) for kind, shape in shapes]
+        shapes = [_shape_of(kind, page_tokens) for kind in alike(layers)]
+        kinds = page_kinds(layers, dtype, form, page_tokens)
         unified = backend.engine.unified
         self.plan: PagePlan = build_page_plan(kinds, budget.kv_hbm, budget.kv_ram, budget.kv_nvme, unified=unified)
         self._dropped: deque[Rows] = deque()
@@ -79,7 +77,7 @@ class KvMemory:
         self._closed = False
         try:
             self.kinds = tuple(
-                self._make_kind(plan, shape, folder) for plan, (_, shape) in zip(self.plan.kinds, shapes, strict=True)
+                self._make_kind(plan, shape, folder) for plan, shape in zip(self.plan.kinds, shapes, strict=True)
             )
             self.scratch = self._memory(backend.device_pool, self.plan.scratch_nbytes)
         except BaseException:
@@ -156,6 +154,17 @@ class KvMemory:
         lease = pool.lease(nbytes, align=_ALIGN)
         assert lease is not None, f"a pool of {nbytes} bytes gives that many"
         return cast(Tensor, lease.buffer)
+
+
+def page_kinds(
+    layers: Sequence[LayerKv], dtype: torch.dtype, form: KvFormat, page_tokens: int = PAGE_TOKENS
+) -> list[PageKind]:
+    """The kinds of pages of a model's ``layers``. Raises ``ModuleError`` for shapes that the format cannot keep."""
+    return [_page_kind(kind, _shape_of(kind, page_tokens), dtype, form) for kind in alike(layers)]
+
+
+def _shape_of(kind: Sequence[LayerKv], page_tokens: int) -> KvShape:
+    return KvShape(kind[0].heads, kind[0].key_dim, kind[0].value_dim, page_tokens)
 
 
 def _page_kind(layers: Sequence[LayerKv], shape: KvShape, dtype: torch.dtype, form: KvFormat) -> PageKind:
