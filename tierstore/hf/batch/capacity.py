@@ -1,0 +1,30 @@
+"""What the plan of a KV memory lets a scheduler do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tierstore.hf.batch.slices import Capacity
+from tierstore.page_plan import KindPlan
+
+
+def capacity_of(plans: Sequence[KindPlan]) -> Capacity:
+    """What all kinds can hold together.
+
+    A kind with a window may have fewer pages than the others: then it bounds how many sequences there are, each with
+    a page open, rather than their length."""
+    endless = [plan for plan in plans if plan.kind.window is None] or plans
+    pages = min(plan.pages for plan in endless)
+    open_pages = min(pages, *map(_open_pages, plans))
+    for plan in plans:
+        if plan.pages < pages:
+            open_pages = min(open_pages, max(plan.pages // (plan.kind.sequence_pages or 1), 1))
+    return Capacity(plans[0].kind.page_tokens, pages, open_pages)
+
+
+def _open_pages(plan: KindPlan) -> int:
+    """Pages whose frames fit HBM together, beside a run of each layer that is going down, and one page to spare."""
+    layers, kind = len(plan.kind.layers), plan.kind
+    spilling = layers * plan.run_cells if plan.ram_frames or plan.nvme_slots else 0
+    frames = layers * plan.open.frames + (0 if kind.plain else 1)
+    return max((plan.frames - spilling) // frames - 1, kind.sequence_open_pages)
