@@ -49,7 +49,8 @@ class Sampling:
                 raise RowError(f"{name!r} is no setting: there are {', '.join(_CHECKS)}")
             if value is not None:
                 known[name] = _CHECKS[name](name, value)
-        return replace(base if base is not None else cls(), **known)
+        base = base if base is not None else cls()
+        return replace(base, **known) if known else base
 
 
 def _whole(least: int, most: int) -> Callable[[str, Any], int]:

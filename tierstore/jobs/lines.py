@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,13 +48,17 @@ def lines_of(fd: int, nbytes: int, *, seen: Callable[[bytes], object] | None = N
 def read_object(raw: bytes) -> dict[str, Any]:
     """A JSON object (RFC 8259) in UTF-8, each key once. Raises ``ValueError`` saying what is wrong."""
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = _decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}: save the file as UTF-8") from None
     except RecursionError:
         raise ValueError("arrays or objects in it are nested too deep") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON at character {error.pos}: {error.msg}") from None
+    except _FaultError:
+        raise
+    except ValueError:  # Python's limit on digits
+        raise ValueError("a whole number in it has too many digits") from None
     if not isinstance(value, dict):
         raise ValueError(f"a JSON {kind_of(value)}, an object is needed")
     return value
@@ -65,14 +70,21 @@ def kind_of(value: object) -> str:
     return kinds.get(type(value), "number")
 
 
+class _FaultError(ValueError):
+    """Said by the two functions below."""
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for number, name in enumerate(names) if name in names[:number])
-        raise ValueError(f"the key {twice[:100]!r} is in it twice")
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise _FaultError(f"the key {twice[:100]!r} is in it twice")
     return table
 
 
 def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} in it is no JSON number")
+    raise _FaultError(f"{text} in it is no JSON number")
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant).decode

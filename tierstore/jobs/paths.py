@@ -50,6 +50,8 @@ def _real(path: str | os.PathLike[str]) -> Path:
             "a job goes on after an interruption by reading its files again, standard input and output cannot be: give "
             "a file"
         )
+    if os.fspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/")):
+        raise StoreError(f"{os.fspath(path)!r} is an open file of this process: give the name of a file")
     try:
         return Path(path).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a ring of links, a byte 0

@@ -53,20 +53,24 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def merge_settings(given: dict[str, Any], defaults: Sampling) -> Sampling:
     """``defaults`` with the settings among ``given``; null leaves the default. Raises ``RowError``."""
-    settings = {name: value for name, value in given.items() if name in SETTINGS and name not in LENGTHS}
+    settings = {name: value for name, value in given.items() if name in SETTINGS}
     lengths = {name: given[name] for name in LENGTHS if given.get(name) is not None}
     for name, value in lengths.items():
-        try:
-            Sampling.checked(max_new_tokens=value)
-        except RowError as error:
-            raise RowError(str(error).replace("max_new_tokens", name, 1)) from None
-        settings["max_new_tokens"] = value
-    if len(set(lengths.values())) > 1:
+        if name not in SETTINGS:
+            settings["max_new_tokens"] = _length(name, value)
+    if len(lengths) > 1 and len(set(map(repr, lengths.values()))) > 1:
         raise RowError(f"{' and '.join(f'{name} {value}' for name, value in lengths.items())} differ: give one of them")
     for stop in given["stop"] if isinstance(given.get("stop"), list) else [given.get("stop")]:
         if isinstance(stop, str):
             check_text(stop, "stop")
     return Sampling.checked(defaults, **settings)
+
+
+def _length(name: str, value: Any) -> int:
+    try:
+        return Sampling.checked(max_new_tokens=value).max_new_tokens
+    except RowError as error:
+        raise RowError(str(error).replace("max_new_tokens", name, 1)) from None
 
 
 def check_neutral(body: dict[str, Any]) -> None:

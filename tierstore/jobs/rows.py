@@ -82,6 +82,8 @@ def parse_row(line: Line, defaults: Sampling) -> Row | BadRow | None:
         return _request(line.number, id, table, defaults) if openai else _row(line.number, id, table, defaults)
     except RowError as error:
         return BadRow(line.number, id, str(error), openai)
+    except RecursionError:  # what was just read may still be too deep to be shown in a message
+        return BadRow(line.number, id, "arrays or objects in it are nested too deep", openai)
 
 
 def _row(line: int, id: Id, table: dict[str, Any], defaults: Sampling) -> Row:
