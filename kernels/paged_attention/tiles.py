@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -69,29 +70,31 @@ class TileAttention:
         widest = kv_heads * BLOCK_TOKENS * max(self._q.shape[-1], self._sum.shape[-1])
         on_cpu = q.device.type == "cpu"
         self._most = max((_FLOATS_ON_CPU if on_cpu else _FLOATS_ON_DEVICE) // widest, 1)
+        self._most_shared, self._least = self._most, self._most
         # On a CPU the number of items changes no bit, elsewhere the shape of a whole batch may choose the algorithm.
-        self._least = -(-_LEAST_ITEMS // kv_heads) if on_cpu else self._most
+        if on_cpu:
+            self._most_shared = max(_FLOATS_ON_CPU // (kv_heads * self._queries * self._group * BLOCK_TOKENS), 1)
+            self._least = -(-_LEAST_ITEMS // kv_heads)
         self._scratch = self._q.new_empty(max(self._most, self._least) * widest)
 
     def add(self, tiles: Sequence[int], index: int, keys: Tensor, values: Tensor) -> None:
         """Lets ``tiles`` look at block ``index``: keys at positions from ``index * BLOCK_TOKENS`` on.
 
         ``keys`` [m, BLOCK_TOKENS, Hkv, Dk] and ``values`` [m, BLOCK_TOKENS, Hkv, Dv] of the m different ``tiles``, of
-        any floating dtypes and strides. Each tile gets its blocks in ascending order; those that none of its queries
-        sees may be left out. What a query does not see may be anything, infinite or not a number too. A number that is
-        not finite among the values that a query sees makes its result not finite there. Raises ``ValueError``.
+        any floating dtypes and strides; one block expanded to m is read once. Each tile gets its blocks in ascending
+        order; those that none of its queries sees may be left out. What a query does not see may be anything, infinite
+        or not a number too. A query that sees a value that is not finite gets one that is not a number. Raises
+        ``ValueError`` for what does not belong together.
         """
         self._check(tiles, index, keys, values)
         first = index * BLOCK_TOKENS
         places = [place for place, tile in enumerate(tiles) if self._span(tile, first)]
-        for start in range(0, len(places), self._most):
-            some = places[start : start + self._most]
-            if some[-1] - some[0] == len(some) - 1:
-                block = slice(some[0], some[-1] + 1)
-                self._add([tiles[place] for place in some], first, keys[block], values[block])
-            else:
-                there = torch.tensor(some, device=keys.device)
-                self._add([tiles[place] for place in some], first, keys[there], values[there])
+        shared = keys.stride(0) == values.stride(0) == 0
+        most = self._most_shared if shared else self._most
+        for start in range(0, len(places), most):
+            some = places[start : start + most]
+            there = slice(0, 1) if shared else _indexes(some, keys.device)
+            self._add([tiles[place] for place in some], first, keys[there], values[there])
 
     def result(self, sinks: Tensor | None = None) -> Tensor:
         """float32 [n, T, Hq, Dv] over what was added until now; 0 for padding, and where no key was seen.
@@ -139,19 +142,19 @@ class TileAttention:
         return not below and self._lowest[tile] >= first + BLOCK_TOKENS - 1
 
     def _add(self, tiles: list[int], first: int, keys: Tensor, values: Tensor) -> None:
-        """Lets ``tiles``, of which each has a query that sees one, look at the keys from position ``first`` on."""
+        """Lets ``tiles``, of which each has a query that sees one, look at the keys from position ``first`` on: all at
+        the same, or each at its own."""
         there = len(tiles)
         padded = tiles + tiles[:1] * (self._least - there)
-        chosen = torch.tensor(padded, device=self._q.device)
-        shape = (len(padded), self._heads, self._queries, self._group)
-        q = self._q.index_select(0, chosen).view(len(padded) * self._heads, -1, self._q.shape[-1])
-        scores = torch.bmm(q, self._copied(keys, len(padded)).transpose(1, 2)).view(*shape, BLOCK_TOKENS)
+        at = _indexes(padded, self._q.device)
+        scores = self._product(self._q[at].flatten(2, 3), self._copied(keys, len(padded)).transpose(-1, -2))
+        scores = scores.view(len(padded), self._heads, self._queries, self._group, BLOCK_TOKENS)
         if self._softcap is not None:
             scores.tanh_().mul_(self._softcap)
-        unseen = None if all(self._sees_all(tile, first) for tile in tiles) else self._unseen(chosen, first)
+        unseen = None if all(self._sees_all(tile, first) for tile in tiles) else self._unseen(at, first)
         if unseen is not None:
             scores.masked_fill_(unseen, -math.inf)
-        before = self._top.index_select(0, chosen)
+        before = self._top[at]
         top = torch.maximum(before, scores.amax(-1))
         scores.sub_(top.unsqueeze(-1))
         if unseen is None:
@@ -159,47 +162,66 @@ class TileAttention:
         else:
             shares = scores.masked_fill_(unseen, 0).exp_().masked_fill_(unseen, 0)  # exp of -inf is slow on CPUs
         kept = (before - top).exp_()
-        total = self._total.index_select(0, chosen).mul_(kept).add_(shares.sum(-1))
-        sums = self._sum.index_select(0, chosen).mul_(kept.unsqueeze(-1))
-        sums += self._weighted(shares, values, [self._span(tile, first) for tile in tiles], unseen)
+        total = (self._total[at] * kept).add_(shares.sum(-1))
+        sums = (self._sum[at] * kept.unsqueeze(-1)).add_(self._weighted(shares, values, tiles, first, unseen))
+        at = _indexes(tiles, self._q.device)
         for state, new in ((self._top, top), (self._total, total), (self._sum, sums)):
-            state.index_copy_(0, chosen[:there], new[:there])
+            state[at] = new[:there]
 
-    def _unseen(self, chosen: Tensor, first: int) -> Tensor:
-        """bool [m, 1, T, 1, BLOCK_TOKENS]: which keys a query of the ``chosen`` tiles must not look at."""
-        positions = self._positions.index_select(0, chosen)[:, None, :, None, None]
+    def _unseen(self, at: slice | Tensor, first: int) -> Tensor:
+        """bool [m, 1, T, 1, BLOCK_TOKENS]: which keys a query of the tiles ``at`` must not look at."""
+        positions = self._positions[at][:, None, :, None, None]
         keys = torch.arange(first, first + BLOCK_TOKENS, device=positions.device)
         unseen = keys > positions
         return unseen if self._window is None else unseen | (keys <= positions - self._window)
 
     def _copied(self, states: Tensor, padded: int) -> Tensor:
-        """``states`` [m, BLOCK_TOKENS, Hkv, D] as float32 [padded * Hkv, BLOCK_TOKENS, D], until the next call."""
-        dim = states.shape[-1]
-        shape = (padded, self._heads, BLOCK_TOKENS, _aligned(dim))
+        """``states`` [m, BLOCK_TOKENS, Hkv, D] as float32 [m, Hkv, BLOCK_TOKENS, D], until the next call. Of more than
+        one ``padded`` are there."""
+        blocks, dim = states.shape[0], states.shape[-1]
+        shape = (padded if blocks > 1 else 1, self._heads, BLOCK_TOKENS, _aligned(dim))
         copied = self._scratch[: math.prod(shape)].view(shape)
-        copied[: states.shape[0], ..., :dim].copy_(states.transpose(1, 2))
+        copied[:blocks, ..., :dim].copy_(states.transpose(1, 2))
         if dim < shape[-1]:
             copied[..., dim:] = 0
-        return copied.view(-1, *shape[2:])
+        return copied
 
-    def _weighted(self, shares: Tensor, values: Tensor, spans: list[range], unseen: Tensor | None) -> Tensor:
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        """[n, Hkv, a, c] of ``left`` [n, Hkv, a, b] and ``right`` [n or 1, Hkv, b, c], float32."""
+        if right.shape[0] == left.shape[0] and left.device.type == "cpu":
+            return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).view(*left.shape[:-1], -1)
+        of_heads = [
+            torch.bmm(left[:, head].contiguous(), right[:, head].expand(len(left), -1, -1))
+            for head in range(self._heads)
+        ]
+        return torch.stack(of_heads, 1)
+
+    def _weighted(self, shares: Tensor, values: Tensor, tiles: list[int], first: int, unseen: Tensor | None) -> Tensor:
         """Sums [m, Hkv, T, group, Dv] of ``values`` with ``shares`` [m, Hkv, T, group, BLOCK_TOKENS]."""
-        copied = self._copied(values, shares.shape[0])
-        by_tile = copied.view(shares.shape[0], self._heads, BLOCK_TOKENS, -1)
+        copied, spans = self._copied(values, shares.shape[0]), [self._span(tile, first) for tile in tiles]
+        if len(copied) < len(tiles):
+            spans = [range(min(span.start for span in spans), max(span.stop for span in spans))]
         for place, span in enumerate(spans):  # a share of 0 does not make garbage harmless: 0 * inf is not a number
             if span.start > 0:
-                by_tile[place, :, : span.start] = 0
+                copied[place, :, : span.start] = 0
             if span.stop < BLOCK_TOKENS:
-                by_tile[place, :, span.stop :] = 0
-        flat = shares.view(copied.shape[0], -1, BLOCK_TOKENS)
-        sums = torch.bmm(flat, copied)
-        if self._queries > 1 and not bool(sums[: len(spans) * self._heads].isfinite().all()):
-            # What one query sees of a tile, another may not: each gets what is not finite only if it sees it.
+                copied[place, :, span.stop :] = 0
+        flat = shares.flatten(2, 3)
+        sums = self._product(flat, copied)
+        if not bool(sums[: len(tiles)].isfinite().all()):
+            # What one query sees, another may not: each gets what is not a number only if it sees what is not finite.
             odd = copied.isfinite().logical_not_()
             seen = torch.ones_like(shares) if unseen is None else unseen.logical_not().float().expand(shares.shape)
-            sums = torch.bmm(flat, copied.masked_fill_(odd, 0))
-            sums.masked_fill_(torch.bmm(seen.reshape(flat.shape), odd.float()) > 0, math.nan)
+            sums = self._product(flat, copied.masked_fill_(odd, 0))
+            sums.masked_fill_(self._product(seen.flatten(2, 3), odd.float()) > 0, math.nan)
         return sums.view(*shares.shape[:-1], -1)
+
+
+def _indexes(places: list[int], device: torch.device) -> slice | Tensor:
+    """What picks ``places``, of which there are some: as a slice where they follow each other."""
+    if all(after == before + 1 for before, after in pairwise(places)):
+        return slice(places[0], places[-1] + 1)
+    return torch.tensor(places, device=device)
 
 
 def _aligned(floats: int) -> int:
