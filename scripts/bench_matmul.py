@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Times both ways of multiplying with a packed matrix on this CPU, for few rows and for many.
+"""Times the ways of multiplying with a packed matrix on this CPU, for few rows and for many.
 
-For each format and shape: milliseconds with torch's kernel for the format, by unpacked tiles, with the plain bfloat16
-matrix, and up to how many rows the first is the faster. The ways take turns, and each figure is a median: of elapsed
-time, or with one thread of the processor's, in which other programs hardly show. What ``tierstore.formats.cpu.choose``
-knows comes from here. Last comes one line of JSON.
+For each format and shape: milliseconds compiled (where llvmlite is installed), with torch's kernel for the format, by
+unpacked tiles, with the plain bfloat16 matrix, and up to how many rows each of the first two is faster than those
+behind it. The ways take turns, and each figure is a median: of elapsed time, or with one thread of the processor's, in
+which other programs hardly show. What ``tierstore.formats.cpu.choose`` knows comes from here. Last comes one line of
+JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from torch import Tensor
 from torch.nn.functional import linear as plain_linear
 
 from tierstore.formats.cpu import arithmetic, can_be_packed, choose, int4_tile_rows, packed_product
+from tierstore.formats.fast4 import can_compile, fast_product
 from tierstore.formats.format import Format, Parts
+from tierstore.formats.int4 import Int4
+from tierstore.formats.int8 import Int8
 from tierstore.formats.linear import by_tiles
 from tierstore.formats.named import FORMATS, format_named
 from tierstore.formats.scratch import Scratch
@@ -33,6 +37,9 @@ from tierstore.formats.scratch import Scratch
 SHAPES = ((8192, 3072), (3072, 8192), (1024, 4096), (512, 512))
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+WAYS = ("fast", "packed", "tiles", "plain")
+RIVALS = {"fast": ("packed", "tiles"), "packed": ("tiles",)}
+"""Ways that others, which are there without them, are compared with."""
 Ways = dict[str, Callable[[], Tensor]]
 NAN = float("nan")
 AT_LEAST_SECONDS = 0.1
@@ -44,7 +51,7 @@ class Bench:
 
     def __init__(self, chosen: argparse.Namespace) -> None:
         self.figures: list[dict[str, Any]] = []
-        self.lines = [f"{'format':<10}{'matrix':>13}{'rows':>6}{'packed':>10}{'tiles':>10}{'plain':>10}  chosen"]
+        self.lines = [f"{'format':<10}{'matrix':>13}{'rows':>6}{''.join(f'{way:>10}' for way in WAYS)}  chosen"]
         self._chosen = chosen
         self._dtype = DTYPES[chosen.dtype]
         self._seconds = 0.0 if chosen.smoke else AT_LEAST_SECONDS
@@ -61,20 +68,23 @@ class Bench:
 
     def _meeting(self, form: Format, n: int, k: int) -> None:
         parts, plain = random_parts(form, n, k), torch.randn(n, k).to(self._dtype)
-        packed_until, together = 0, True
+        until: dict[str, int] = {}
+        slower: set[str] = set()
         for m in self._chosen.rows:
             took = medians(
                 self._ways(torch.randn(m, k).to(self._dtype), form, parts, plain), self._seconds, self._clock
             )
-            chosen = choose(form.name, m, n, k, self._dtype, int4_tile_rows())
-            together = together and took.get("packed", NAN) <= took["tiles"]
-            packed_until = m if together else packed_until
+            chosen = choose(form.name, m, n, k, self._dtype, int4_tile_rows(), can_compile())
+            for way, rivals in RIVALS.items():
+                if way in took and any(took.get(rival, NAN) < took[way] for rival in rivals):
+                    slower.add(way)
+                elif way in took and way not in slower:
+                    until[way] = m
             self.figures.append({"format": form.name, "n": n, "k": k, "rows": m, "chosen": chosen, "ms": took})
-            cells = "".join(f"{took.get(way, NAN):>10.3f}" for way in ("packed", "tiles", "plain")).replace(
-                "nan", "   "
-            )
+            cells = "".join(f"{took.get(way, NAN):>10.3f}" for way in WAYS).replace("nan", "   ")
             self.lines.append(f"{form.name:<10}{f'{n} x {k}':>13}{m:>6}{cells}  {chosen}")
-        self.lines.append(f"{form.name:<10}{f'{n} x {k}':>13}  packed is faster up to {packed_until} rows")
+        for way in RIVALS:
+            self.lines.append(f"{form.name:<10}{f'{n} x {k}':>13}  {way} is faster up to {until.get(way, 0)} rows")
 
     def _ways(self, x: Tensor, form: Format, parts: Parts, plain: Tensor) -> Ways:
         m, (n, k) = len(x), plain.shape
@@ -83,6 +93,8 @@ class Bench:
             return by_tiles(x, form, parts, n, k, arithmetic(x.dtype, m), self._scratch)
 
         ways: Ways = {"tiles": by_unpacked_tiles, "plain": lambda: plain_linear(x, plain)}
+        if can_compile() and isinstance(form, Int4 | Int8):
+            ways["fast"] = lambda: fast_product(x, form, parts, n, k, self._scratch)
         if can_be_packed(form.name, k, x.dtype, int4_tile_rows()):
             ways["packed"] = lambda: packed_product(x, form, parts, n, k, self._scratch)
         return ways

@@ -33,3 +33,15 @@ def unpack(codes: Tensor, scales: Tensor, n: int, k: int, group: int) -> Tensor:
 def matmul(x: Tensor, codes: Tensor, scales: Tensor, n: int, group: int) -> Tensor:
     """``x @ W.T`` in the dtype of ``x``, [m, n], for ``x`` [m, k] and the matrix W of ``unpack``, in float32."""
     return (x.float() @ unpack(codes, scales, n, x.shape[1], group).T).to(x.dtype)
+
+
+def round_input(x: Tensor, group: int, most: int) -> tuple[Tensor, Tensor]:
+    """``x`` [m, kp] as integers and factors: int32 [m, kp / group, group] and float32 [m, kp / group].
+
+    The product of both is near ``x``: each ``group`` neighbouring values are the nearest multiples, up to ``most`` of
+    them, of a factor that the greatest magnitude among them determines. What multiplies integers computes with this.
+    """
+    values = x.float().view(len(x), -1, group)
+    factors = values.abs().amax(2) / most
+    whole = (values / factors[:, :, None]).clamp(-most, most).nan_to_num(0).round().to(torch.int32)
+    return whole, factors

@@ -1,4 +1,4 @@
-"""Products with torch's own kernels for packed weights, and when they are worth it."""
+"""Products with torch's own kernels for packed weights, and which way is worth it."""
 
 from __future__ import annotations
 
@@ -26,19 +26,31 @@ MOST_ROWS: Mapping[int, Mapping[str, int]] = {
 """Up to how many rows torch's kernels are the faster way, by ``int4_tile_rows``, which tells AVX-512 from AVX2."""
 
 
+FAST_ROWS: Mapping[int, Mapping[str, int]] = {
+    64: {"int4": 4, "int8": 4},
+    32: {"int4": 128, "int8": 24},
+}
+"""Up to how many rows ``fast_product`` is the fastest way, by ``int4_tile_rows``. With AVX-512 it was not measured."""
+
+
 CHUNK = 1 << 23
 """Weights whose scales are made ready for torch's int4 kernel at a time."""
 
 
-def choose(name: str, rows: int, n: int, k: int, dtype: torch.dtype, tile_rows: int) -> Literal["packed", "tiles"]:
+def choose(
+    name: str, rows: int, n: int, k: int, dtype: torch.dtype, tile_rows: int, compiler: bool
+) -> Literal["fast", "packed", "tiles"]:
     """How to multiply ``rows`` rows of ``dtype`` with a matrix [n, k] of the format ``name`` on a CPU.
 
     "packed" is torch's kernel for the format, which reads few bytes but is slow for each row; "tiles" unpacks some rows
-    of the matrix at a time, and multiplies these with the fast product of plain matrices. ``tile_rows`` is what
-    ``int4_tile_rows`` says. On purpose this is a table of measurements (``scripts/bench_matmul.py``) and no measurement
-    while running: both ways round differently, and the same product must be the same on every run. Where they meet
-    hardly depends on ``n``, nor on ``k`` but for what the kernels can do.
+    of the matrix at a time, and multiplies these with the fast product of plain matrices; "fast" is ``fast_product``,
+    which needs a compiler. ``tile_rows`` is what ``int4_tile_rows`` says, ``compiler`` what ``can_compile`` does. On
+    purpose this is a table of measurements (``scripts/bench_matmul.py``) and no measurement while running: the ways
+    round differently, and the same product must be the same on every run. Where they meet hardly depends on ``n``, nor
+    on ``k`` but for what the kernels can do.
     """
+    if compiler and dtype is torch.bfloat16 and rows <= FAST_ROWS.get(tile_rows, {}).get(_kind(name), 0):
+        return "fast"
     if not can_be_packed(name, k, dtype, tile_rows):
         return "tiles"
     # A plain product even where it is the slower way: it is then that of the unpacked module, to the bit.

@@ -15,6 +15,7 @@ from torch import Tensor
 from tierstore.errors import DeviceError
 from tierstore.formats.bf16 import Bf16
 from tierstore.formats.cpu import arithmetic, choose, int4_tile_rows, packed_product
+from tierstore.formats.fast4 import can_compile, fast_product
 from tierstore.formats.format import Format, Parts, matrices_in, matrices_of
 from tierstore.formats.fp4 import Fp4
 from tierstore.formats.fp8 import Fp8
@@ -89,8 +90,10 @@ def dequantise(form: Format, parts: Parts, shape: Sequence[int], dtype: torch.dt
 
 
 def _on_cpu(x: Tensor, form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Tensor:
-    if choose(form.name, len(x), n, k, x.dtype, int4_tile_rows()) == "packed":
-        return packed_product(x, form, parts, n, k, scratch)
+    way = choose(form.name, len(x), n, k, x.dtype, int4_tile_rows(), can_compile())
+    if way != "tiles":
+        product = fast_product if way == "fast" else packed_product
+        return product(x, form, parts, n, k, scratch)
     return by_tiles(x, form, parts, n, k, arithmetic(x.dtype, len(x)), scratch)
 
 

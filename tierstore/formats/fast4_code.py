@@ -1,0 +1,286 @@
+"""The code of products with nibbles and rounded input, written for LLVM: eight rows of a matrix at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import ir
+
+from tierstore.formats.tile64 import HALF
+from tierstore.kernels.int4_matmul.reference import ROWS
+from tierstore.kernels.int8_matmul.reference import PLANES, ZERO_STEP
+
+LANES = 8
+"""32-bit numbers in a vector of 256 bits."""
+
+STEP = 16
+"""Columns whose products are added in 16 bits: 16 * 15 * 128 is below 2 ** 15."""
+
+DIGIT_BITS = 7
+"""A digit of the rounded input counts 128 times the one behind it."""
+
+I8, I16, I32, I64, F32 = (*map(ir.IntType, (8, 16, 32, 64)), ir.FloatType())
+BYTES, WORDS, INTS, FLOATS = (
+    ir.VectorType(I8, 4 * LANES),
+    ir.VectorType(I16, 2 * LANES),
+    ir.VectorType(I32, LANES),
+    ir.VectorType(F32, LANES),
+)
+FIELDS = ("codes", "high", "scales", "steps", "input", "factors", "sums", "out", "rows", "groups", "group", "blocks")
+"""Of a job, 64 bits each. Behind them is the number of the first block of 64 rows that nobody has begun."""
+
+
+def write(planes: int) -> ir.Module:
+    """A module of ``round_groups`` and ``multiply``, for int4 (1 plane, input of 1 digit) or int8 (2 and 2)."""
+    module = ir.Module(f"fast4_{planes}")
+    _write_round_groups(module, planes)
+    _write_multiply(module, planes)
+    return module
+
+
+def _write_round_groups(module: ir.Module, digits: int) -> None:
+    """``round_groups(x, count, group, input, factors, sums)``: ``x``, ``count`` times ``group`` float32, as integers.
+
+    ``factors`` is float32 [count], a unit of each group; ``input`` int8 [count, digits, group], how many of these, the
+    greater digit first; ``sums`` int32 [count], all of a group. What is not finite makes the factor so.
+    """
+    arguments = [F32.as_pointer(), I64, I64, I8.as_pointer(), F32.as_pointer(), I32.as_pointer()]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), "round_groups")
+    code = _Code(module, function)
+    x, count, group, rounded, factors, sums = function.args
+    most, total = code.alloca(FLOATS), code.alloca(INTS)
+    exact, limit = (I8, 127.0) if digits == 1 else (I16, 127.0 * 2**DIGIT_BITS)
+    with code.loop(count) as number:
+        own = code.gep(x, [code.mul(number, group)])
+        code.store(code.all_of(FLOATS, 0.0), most)
+        with code.loop(group, LANES) as column:
+            size = code.intrinsic("llvm.fabs", FLOATS, code.read(FLOATS, own, column))
+            code.store(code.intrinsic("llvm.maximum", FLOATS, code.load(most), size), most)
+        greatest = code.call_named("llvm.vector.reduce.fmaximum.v8f32", F32, code.load(most))
+        factor = code.fdiv(greatest, ir.Constant(F32, limit))
+        code.store(factor, code.gep(factors, [number]))
+        code.store(code.all_of(INTS, 0), total)
+        with code.loop(group, LANES) as column:
+            units = code.fdiv(code.read(FLOATS, own, column), code.splat(factor, LANES))
+            # Among denormal numbers a factor may be much too small.
+            units = code.intrinsic("llvm.minimum", FLOATS, units, code.all_of(FLOATS, limit))
+            units = code.intrinsic("llvm.maximum", FLOATS, units, code.all_of(FLOATS, -limit))
+            units = code.intrinsic("llvm.roundeven", FLOATS, units)
+            narrow = ir.VectorType(exact, LANES)
+            # 0 / 0 is not a number, and becomes 0.
+            whole = code.call_named(f"llvm.fptosi.sat.v8i{exact.width}.v8f32", narrow, units)
+            code.store(code.add(code.load(total), code.sext(whole, INTS)), total)
+            into = code.gep(rounded, [code.mul(code.mul(number, code.word(digits)), group)])
+            if digits == 2:
+                half, bits = (code.all_of(narrow, v) for v in (1 << (DIGIT_BITS - 1), DIGIT_BITS))
+                upper = code.ashr(code.add(whole, half), bits)
+                code.write(code.trunc(upper, ir.VectorType(I8, LANES)), into, column)
+                whole = code.trunc(code.sub(whole, code.shl(upper, bits)), ir.VectorType(I8, LANES))
+                into = code.gep(into, [group])
+            code.write(whole, into, column)
+        together = code.call_named("llvm.vector.reduce.add.v8i32", I32, code.load(total))
+        code.store(together, code.gep(sums, [number]))
+    code.ret_void()
+
+
+def _write_multiply(module: ir.Module, planes: int) -> None:
+    """``multiply(job)``: the product of blocks of 64 rows that nobody has begun, until there are none.
+
+    ``job`` points to ``FIELDS``; ``out`` is float32 [blocks, rows, 64]. A value is the sum over groups, in their order,
+    of ``factor * (scale * dot + zero * sum)``: only the exact ``dot`` depends on how vectors are made use of.
+    """
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), "multiply")
+    code = _Code(module, function)
+    (job,) = function.args
+    field = {name: code.load(code.gep(job, [code.word(number)])) for number, name in enumerate(FIELDS)}
+    rows, groups, group, blocks = (field[name] for name in ("rows", "groups", "group", "blocks"))
+    places = _Places(code)
+    begin, work, end = (function.append_basic_block(name) for name in ("begin", "work", "end"))
+    code.branch(begin)
+    code.position_at_end(begin)
+    block = code.atomic_rmw("add", code.gep(job, [code.word(len(FIELDS))]), code.word(1), "monotonic")
+    code.cbranch(code.icmp_unsigned("<", block, blocks), work, end)
+    code.position_at_end(work)
+    tile = code.mul(block, code.mul(code.mul(groups, group), code.word(HALF)))
+    tiles = [code.gep(code.pointer(field[name], I8), [tile]) for name in ("codes", "high")[:planes]]
+    with code.loop(groups) as number:
+        if planes == 1:
+            _int4_scales(code, field, block, number, places)
+        else:
+            _int8_scales(code, field, block, number, places)
+        with code.loop(rows) as row:
+            which = code.add(code.mul(row, groups), number)
+            digits = code.gep(code.pointer(field["input"], I8), [code.mul(code.mul(which, code.word(planes)), group)])
+            _dot(code, tiles, code.mul(number, group), digits, group, places)
+            factor = code.splat(code.load(code.gep(code.pointer(field["factors"], F32), [which])), LANES)
+            total = code.splat(code.load(code.gep(code.pointer(field["sums"], I32), [which])), LANES)
+            middle = code.mul(total, code.all_of(INTS, 8 if planes == 1 else 8 * PLANES))
+            whole = code.sitofp(total, FLOATS)
+            out = code.gep(
+                code.pointer(field["out"], F32), [code.mul(code.add(code.mul(block, rows), row), code.word(ROWS))]
+            )
+            for first in range(0, ROWS, LANES):
+                dot = code.sitofp(code.sub(code.load(places.dots[first]), middle), FLOATS)
+                dot = code.fmul(code.load(places.scales[first]), dot)
+                sum_ = code.fmul(factor, code.fadd(dot, code.fmul(code.load(places.zeros[first]), whole)))
+                at = code.word(first)
+                before = code.read(FLOATS, out, at)
+                begun = code.icmp_unsigned("!=", number, code.word(0))
+                code.write(code.fadd(code.select(begun, before, code.all_of(FLOATS, 0.0)), sum_), out, at)
+    code.branch(begin)
+    code.position_at_end(end)
+    code.ret_void()
+
+
+def _dot(code: _Code, tiles: Sequence[Any], start: Any, digits: Any, group: Any, places: _Places) -> None:
+    """To ``places.dots``: of 64 rows, the sums of codes times rounded input over a group that begins at ``start``.
+
+    Two columns of 32 bytes become pairs of neighbouring bytes of one row, which one instruction multiplies with two
+    neighbouring bytes of the input, and adds.
+    """
+    for place in places.dots.values():
+        code.store(code.all_of(INTS, 0), place)
+    with code.loop(group, STEP) as column:
+        at = code.mul(code.add(start, column), code.word(HALF))
+        for plane, tile in enumerate(tiles):
+            # By half of the tile's rows, quarters of 8 of them, and digit: sums of 16 columns in 16 bits.
+            sums: dict[tuple[int, int, int], Any] = {}
+            for pair in range(0, STEP, 2):
+                these, those = (
+                    code.read(BYTES, tile, code.add(at, code.word((pair + side) * HALF))) for side in (0, 1)
+                )
+                inputs = []
+                for digit in range(len(tiles)):
+                    offset = code.add(code.add(column, code.word(pair)), code.mul(group, code.word(digit)))
+                    two = code.read(I16, digits, offset)
+                    inputs.append(code.bitcast(code.splat(two, 2 * LANES), BYTES))
+                for quarter in (0, 1):
+                    codes = code.interleave(these, those, quarter)
+                    for half in (0, 1):
+                        shifted = code.bitcast(codes, WORDS)
+                        if half:
+                            shifted = code.lshr(shifted, code.all_of(WORDS, 4))
+                        nibbles = code.and_(code.bitcast(shifted, BYTES), code.all_of(BYTES, 15))
+                        for digit, two in enumerate(inputs):
+                            products = code.call_named("llvm.x86.avx2.pmadd.ub.sw", WORDS, nibbles, two)
+                            key = half, quarter, digit
+                            sums[key] = code.add(sums[key], products) if key in sums else products
+            for (half, quarter, digit), sum_ in sums.items():
+                bits = 4 * plane + DIGIT_BITS * (len(tiles) - 1 - digit)
+                for upper in (0, 1):
+                    place = places.dots[half * HALF + upper * 2 * LANES + quarter * LANES]
+                    more = code.shl(code.sext(code.half(sum_, upper), INTS), code.all_of(INTS, bits))
+                    code.store(code.add(code.load(place), more), place)
+
+
+def _int4_scales(code: _Code, field: dict[str, Any], block: Any, number: Any, places: _Places) -> None:
+    """To ``places``: a bfloat16 is the upper half of a float32, and a pair of them is (scale, zero)."""
+    at = code.add(code.mul(number, field["blocks"]), block)
+    pairs = code.gep(code.pointer(field["scales"], I32), [code.mul(at, code.word(ROWS))])
+    for first in range(0, ROWS, LANES):
+        both = code.read(INTS, pairs, code.word(first))
+        code.store(code.bitcast(code.shl(both, code.all_of(INTS, 16)), FLOATS), places.scales[first])
+        code.store(code.bitcast(code.and_(both, code.all_of(INTS, -0x10000)), FLOATS), places.zeros[first])
+
+
+def _int8_scales(code: _Code, field: dict[str, Any], block: Any, number: Any, places: _Places) -> None:
+    """To ``places``: as ``scales_and_zeros`` of the int8 reference, with the zeros of both planes together."""
+    at = code.add(code.mul(block, field["groups"]), number)
+    pairs = code.gep(code.pointer(field["scales"], I16), [code.mul(at, code.word(ROWS))])
+    steps = code.gep(code.pointer(field["steps"], F32), [code.mul(block, code.word(ROWS))])
+    for first in range(0, ROWS, LANES):
+        both = code.zext(code.read(ir.VectorType(I16, LANES), pairs, code.word(first)), INTS)
+        scale = code.uitofp(code.and_(both, code.all_of(INTS, 255)), FLOATS)
+        scale = code.to_bfloat16(code.fmul(code.read(FLOATS, steps, code.word(first)), scale))
+        zero = code.sub(code.lshr(both, code.all_of(INTS, 8)), code.all_of(INTS, 128))
+        zero = code.fmul(code.fmul(scale, code.sitofp(zero, FLOATS)), code.all_of(FLOATS, ZERO_STEP))
+        zero = code.to_bfloat16(code.fdiv(zero, code.all_of(FLOATS, PLANES)))
+        code.store(scale, places.scales[first])
+        code.store(code.fmul(zero, code.all_of(FLOATS, PLANES)), places.zeros[first])
+
+
+class _Code(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
+    """A builder with words for what is said often."""
+
+    def __init__(self, module: ir.Module, function: ir.Function) -> None:
+        super().__init__(function.append_basic_block("entry"))
+        self._module = module
+
+    def word(self, value: int) -> Any:
+        return ir.Constant(I64, value)
+
+    def all_of(self, vector: Any, value: float) -> Any:
+        return ir.Constant(vector, [value] * vector.count)
+
+    def splat(self, value: Any, count: int) -> Any:
+        nothing = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
+        first = self.insert_element(nothing, value, ir.Constant(I32, 0))
+        return self.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(I32, count), [0] * count))
+
+    def pointer(self, number: Any, to: Any) -> Any:
+        return self.inttoptr(number, to.as_pointer())
+
+    def read(self, what: Any, pointer: Any, at: Any) -> Any:
+        """``what``, from element ``at`` of what ``pointer`` points to, of any alignment."""
+        value = self.load(self.bitcast(self.gep(pointer, [at]), what.as_pointer()))
+        value.align = 1
+        return value
+
+    def write(self, value: Any, pointer: Any, at: Any) -> None:
+        self.store(value, self.bitcast(self.gep(pointer, [at]), value.type.as_pointer())).align = 1
+
+    def interleave(self, these: Any, those: Any, quarter: int) -> Any:
+        """Pairs of bytes: the first (or second) 8 of each 16 bytes of ``these``, each before that of ``those``."""
+        order = [
+            side * HALF + upper * 2 * LANES + quarter * LANES + number
+            for upper in (0, 1)
+            for number in range(LANES)
+            for side in (0, 1)
+        ]
+        return self.shuffle_vector(these, those, ir.Constant(ir.VectorType(I32, len(order)), order))
+
+    def half(self, vector: Any, upper: int) -> Any:
+        count = vector.type.count // 2
+        order = list(range(upper * count, (upper + 1) * count))
+        return self.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, count), order))
+
+    def to_bfloat16(self, values: Any) -> Any:
+        """Float32 that bfloat16 holds: the nearest, and of two the even one."""
+        bits = self.bitcast(values, INTS)
+        odd = self.and_(self.lshr(bits, self.all_of(INTS, 16)), self.all_of(INTS, 1))
+        bits = self.add(bits, self.add(odd, self.all_of(INTS, 0x7FFF)))
+        return self.bitcast(self.and_(bits, self.all_of(INTS, -0x10000)), FLOATS)
+
+    def intrinsic(self, name: str, type_: Any, *arguments: Any) -> Any:
+        return self.call_named(f"{name}.v{LANES}f32", type_, *arguments)
+
+    def call_named(self, name: str, result: Any, *arguments: Any) -> Any:
+        function = self._module.globals.get(name) or ir.Function(
+            self._module, ir.FunctionType(result, [argument.type for argument in arguments]), name
+        )
+        return self.call(function, arguments)
+
+    @contextmanager
+    def loop(self, stop: Any, step: int = 1) -> Iterator[Any]:
+        """The numbers from 0 below ``stop``, which is above 0."""
+        before, body, after = self.block, self.append_basic_block("loop"), self.append_basic_block("after")
+        self.branch(body)
+        self.position_at_end(body)
+        number = self.phi(I64)
+        number.add_incoming(self.word(0), before)
+        yield number
+        following = self.add(number, self.word(step))
+        number.add_incoming(following, self.block)
+        self.cbranch(self.icmp_unsigned("<", following, stop), body, after)
+        self.position_at_end(after)
+
+
+class _Places:
+    """Vectors of 8 rows of the 64 each, by the first of these."""
+
+    def __init__(self, code: _Code) -> None:
+        self.dots = {first: code.alloca(INTS) for first in range(0, ROWS, LANES)}
+        self.scales = {first: code.alloca(FLOATS) for first in range(0, ROWS, LANES)}
+        self.zeros = {first: code.alloca(FLOATS) for first in range(0, ROWS, LANES)}
