@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -366,6 +367,58 @@ def test_a_write_that_fails_leaves_nothing(
     with opened(prompts, results) as journal:
         finish(journal, prompts)
     assert answers(results).keys() == ALL
+
+
+def test_a_file_that_may_not_grow_is_left_as_it_was(prompts: Path, results: Path) -> None:
+    """The kernel itself takes 10 bytes and refuses the rest."""
+    with opened(prompts, results) as journal:
+        finish(journal, prompts, most=1)
+        row = good({"prompt": "é"}, 5)
+        journal.add(row, text_of(row, 0))
+        before, limits = results.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+        try:
+            with pytest.raises(StoreFullError, match="File too large"):
+                journal.commit()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert results.read_bytes() == before
+    with opened(prompts, results) as journal:
+        finish(journal, prompts)
+    assert answers(results).keys() == ALL
+
+
+def test_what_counts_is_durable(prompts: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each write and each name is followed by a sync of its file or folder before anything counts on it."""
+    calls: list[tuple[str, str]] = []
+
+    def noted(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            where = arguments[1] if name == "replace" else os.readlink(f"/proc/self/fd/{arguments[0]}")
+            calls.append((name, Path(where).name))
+            return plain(*arguments)
+
+        return run
+
+    folder, state = results.parent.name, "results.jsonl.job"
+    with monkeypatch.context() as patch:
+        for name in ("write", "fsync", "replace"):
+            patch.setattr(os, name, noted(name, getattr(os, name)))
+        with opened(prompts, results) as journal:
+            assert calls == [
+                *[("write", f"{state}.new"), ("fsync", f"{state}.new"), ("replace", state), ("fsync", folder)],
+                *[("fsync", folder), ("fsync", results.name)],
+                *[("fsync", folder), ("fsync", f"{results.name}.errors")],
+            ]
+            calls.clear()
+            row, bad = good({"id": "b", "prompt": "x", "n": 3}, 2), good({"id": "a", "prompt": "x"})
+            for index in journal.missing(row):
+                journal.add(row, text_of(row, index))
+            journal.fail(bad, "too long")
+            assert calls == []
+            assert journal.commit() == 4
+            errors = f"{results.name}.errors"
+            assert calls == [(name, file) for file in (results.name, errors) for name in ("write", "fsync")]
 
 
 @pytest.mark.parametrize("what", ["move", "write", "replace"])
