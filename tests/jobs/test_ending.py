@@ -18,12 +18,12 @@ def decode(tokens: Sequence[int]) -> str:
     return bytes(token for token in tokens if token != END).decode(errors="replace")
 
 
-def ended(tokens: Sequence[int], ending: Ending) -> tuple[int, str]:
+def ended(tokens: Sequence[int], ending: Ending) -> tuple[int, str | None]:
     """After how many tokens a text ends, and why."""
     for count in range(1, len(tokens) + 1):
         if reason := ending.reason(tokens[:count]):
             return count, reason
-    return len(tokens), ""
+    return len(tokens), None
 
 
 letters = st.text(st.sampled_from("aaabé🙂"), max_size=30)
@@ -36,7 +36,7 @@ def test_the_first_stop_string_ends_it(text: str, stop: list[str]) -> None:
     ending = Ending(decode, ends=(), stop=stop, most=1000)
     naive = next((n for n in range(1, len(tokens) + 1) if any(s in decode(tokens[:n]) for s in stop)), None)
     count, reason = ended(tokens, ending)
-    assert (count, reason) == ((naive, "stop") if naive else (len(tokens), ""))
+    assert (count, reason) == ((naive, "stop") if naive else (len(tokens), None))
     cut = ending.text(tokens[:count])
     assert text.startswith(cut)
     assert not any(s in cut for s in stop)
@@ -48,10 +48,10 @@ def test_the_first_stop_string_ends_it(text: str, stop: list[str]) -> None:
         ([97, END, 97], (2, "stop")),
         ([97] * 5, (4, "length")),
         ([97, 97, 97, END], (4, "stop")),  # at its length too
-        ([97, 97], (2, "")),
+        ([97, 97], (2, None)),
     ],
 )
-def test_end_tokens_and_length(tokens: list[int], expected: tuple[int, str]) -> None:
+def test_end_tokens_and_length(tokens: list[int], expected: tuple[int, str | None]) -> None:
     assert ended(tokens, Ending(decode, ends={END}, stop=(), most=4)) == expected
 
 

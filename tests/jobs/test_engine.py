@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from tests.jobs.toy import END, LETTERS, VOCABULARY, ToyModel, ToyTokenizer, toy_logits
 from tierstore.batch_schedule import Limits
+from tierstore.drafting import PassCost
 from tierstore.errors import CapacityError, PageLostError, StoreReadError
 from tierstore.hf.batch.choosing import Chooser
 from tierstore.hf.batch.slices import Slice
+from tierstore.jobs.drafts import Drafting, LookupDrafter
 from tierstore.jobs.encoding import Encoder
 from tierstore.jobs.engine import MOST_TRIES, Engine
 from tierstore.jobs.rows import BadRow, Row
@@ -32,6 +34,11 @@ def engine_of(model: ToyModel, *, sequences: int = 5, micro_batches: int = 2, **
     limits = Limits(model.tokens, micro_batches, sequences, room.page_tokens, room.pages, room.open_pages)
     options = {"ends": [END], "positions": None, "seed": SEED, **options}
     return Engine(model, ENCODER, limits=limits, **options)
+
+
+def drafting_of(model: ToyModel, *, always: bool, micro_batches: int = 2) -> Drafting:
+    cost = PassCost(model.tokens, micro_batches, compute_seconds=1.0, transfer_seconds=3.0)
+    return Drafting(LookupDrafter(), cost, always=always)
 
 
 def answers_of(engine: Engine, rows: Iterable[Row | BadRow | None], **options: Any) -> list[Finished | Failed]:
@@ -99,7 +106,9 @@ def test_each_row_is_answered_once_as_if_it_were_alone(
     rows = [row_of(n, "".join(prompt) or "a", **given) for n, (prompt, given) in enumerate(asked, 1)]
     open_pages = data.draw(st.integers(sequences + 2, 40), label="open_pages")
     model = ToyModel(tokens=tokens, pages=pages, open_pages=open_pages)
-    answers = answers_of(engine_of(model, sequences=sequences), rows)
+    drafting = data.draw(st.sampled_from([None, True, False]), label="always draft")
+    options: dict[str, Any] = {"drafting": None if drafting is None else drafting_of(model, always=drafting)}
+    answers = answers_of(engine_of(model, sequences=sequences, **options), rows)
     check(rows, answers)
     assert not any(isinstance(each, Failed) for each in answers)
     assert model.sequences == {}  # nothing is left
@@ -182,13 +191,15 @@ def test_messages_go_through_the_template() -> None:
     assert answer.prompt_tokens == len("user-hello.assistant-")
 
 
-LOST = PageLostError("a page is gone", cells=[(0, 0)])
+LOST = PageLostError("a page is gone", cells=[(0, 0)])  # the toy says: of the oldest sequence
+NOBODYS = PageLostError("a page is gone", cells=[])
 
 
-def test_lost_pages_are_computed_anew() -> None:
+@pytest.mark.parametrize("lost", [LOST, NOBODYS])
+def test_lost_pages_are_computed_anew(lost: PageLostError) -> None:
     rows = [row_of(n, "hello", max_new_tokens=9, n=2, temperature=1.0, ignore_eos=True) for n in (1, 2, 3)]
     model = ToyModel()
-    model.fail = [None, None, LOST, None, None, None, LOST]
+    model.fail = [None, None, lost, None, None, None, lost]
     check(rows, answers_of(engine_of(model, sequences=4), rows))
     assert model.fail == []
     assert model.sequences == {}
@@ -269,3 +280,27 @@ def test_rows_may_come_when_they_like() -> None:
     for some in engine.answer(source()):
         answered.extend(some)
     check(rows, answered)
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_drafts_save_passes_where_texts_repeat_themselves(always: bool) -> None:
+    rows = [row_of(1, "abcabcabcabc", max_new_tokens=40, ignore_eos=True)]
+
+    class Repeats(ToyModel):
+        def step(self, slices: Sequence[Slice]) -> list[torch.Tensor]:
+            logits = super().step(slices)
+            for each, wanted in zip(slices, logits, strict=True):
+                known = self.sequences[each.sequence]
+                for row, end in enumerate(range(len(known) - each.logits, len(known))):
+                    wanted[row] = torch.eye(VOCABULARY)[(known[end] + 1) % 3]
+            return logits
+
+    model = Repeats()
+    engine = engine_of(model, drafting=drafting_of(model, always=always))
+    (answer,) = answers_of(engine, rows)
+    assert isinstance(answer, Finished)
+    assert answer.text == "abcabcabcabcabcabcabcabcabcabcabcabcabca"
+    assert engine.counts.passes < 20
+    assert engine.counts.accepted_tokens > 20
+    assert engine.counts.generated_tokens == 40
+    assert model.sequences == {}

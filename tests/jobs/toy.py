@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tierstore.errors import CapacityError
+from tierstore.errors import CapacityError, PageLostError
 from tierstore.hf.batch.slices import Capacity, Slice
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?-é"
@@ -115,6 +115,9 @@ class ToyModel:
             rows = [toy_logits(known[:end]) for end in ends]
             logits.append(torch.stack(rows) if rows else torch.empty(0, VOCABULARY))
         return logits
+
+    def losing(self, error: PageLostError) -> tuple[int, ...]:
+        return tuple(sorted(self.sequences)[: len(error.cells)])
 
     def close(self) -> None:
         self.closed = True

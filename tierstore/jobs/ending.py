@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Literal
 
 _TOKENS_PER_CHARACTER = 4
 """A character of UTF-8 has at most four bytes, and a token is a byte at least."""
+
+Reason = Literal["stop", "length"]
+"""Why a text has ended."""
 
 Decode = Callable[[Sequence[int]], str]
 """The text of tokens, without special ones."""
@@ -24,15 +28,15 @@ class Ending:
         longest = max(map(len, stop), default=0)
         self._window = _TOKENS_PER_CHARACTER * (longest + 2)
 
-    def reason(self, tokens: Sequence[int]) -> str:
-        """Why a text ends with the last of ``tokens``, which did not end before: "stop", "length", or "" if it goes on.
+    def reason(self, tokens: Sequence[int]) -> Reason | None:
+        """Why a text ends with the last of ``tokens``, which did not end before; None if it goes on.
 
         "stop" is an end token or a stop string, also one that only the last of several tokens completes."""
         if tokens[-1] in self._ends:
             return "stop"
         if self._stop and self._stops(tokens[-self._window :]) and self._stops(tokens):
             return "stop"
-        return "length" if len(tokens) >= self._most else ""
+        return "length" if len(tokens) >= self._most else None
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of all ``tokens``, cut before the first stop string."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -37,6 +36,7 @@ class Model(Protocol):
     def seal(self, sequence: int, tokens: Sequence[int]) -> None: ...
     def remove(self, sequence: int) -> None: ...
     def step(self, slices: Sequence[Slice]) -> list[Tensor]: ...
+    def losing(self, error: PageLostError) -> Sequence[int]: ...
 
 
 @dataclass(slots=True)
@@ -85,8 +85,8 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is waiting or under way, so that the next row is all there is to do."""
-        return not (self._waiting or self._prompts or self._samples)
+        """Whether nothing is waiting, under way or to be told, so that the next row is all there is to do."""
+        return not (self._waiting or self._prompts or self._samples or self._out)
 
     def answer(
         self, rows: Iterable[Row | BadRow | None], left: Callable[[Row], Sequence[int]] | None = None
@@ -159,23 +159,20 @@ class Engine:
 
     def _pass(self) -> None:
         if self._drafting is not None:
-            self._drafting.propose(self._samples.values(), self._limits)
+            missing = sum(len(each.request.prompt) - each.length for each in self._prompts.values())
+            self._drafting.propose(self._samples.values(), missing)
         running = [each.as_running() for each in self._under_way()]
         parts = next_pass(running, self._limits)
         slices = [self._slice(part) for part in parts]
-        started = time.perf_counter()
         try:
             logits = self._model.step(slices)
         except PageLostError as error:
-            self._start_all_anew(error)
+            self._start_losers_anew(error)
             return
         except CapacityError as error:
             self._make_room(error)
             return
-        seconds = time.perf_counter() - started
         self.counts.passes += 1
-        if self._drafting is not None:
-            self._drafting.timed(sum(part.tokens for part in parts), seconds)
         for each, rows in zip(slices, logits, strict=True):
             at = (self._prompts if each.prompt else self._samples).get(each.sequence)
             if at is None:
@@ -255,9 +252,10 @@ class Engine:
         self._waiting.pop(request.number, None)
         self._out.append(Failed(request.row, reason))
 
-    def _start_all_anew(self, error: PageLostError) -> None:
-        """Pages of some sequence are lost, and nobody says of which: each starts from its prompt, and says the same."""
-        requests = {self._start_anew(each) for each in self._under_way()}
+    def _start_losers_anew(self, error: PageLostError) -> None:
+        """Whose pages are lost starts from its prompt, and says the same again."""
+        losing = set(self._model.losing(error))
+        requests = {self._start_anew(each) for each in self._under_way() if each.sequence in losing or not losing}
         for request in requests:
             request.tries += 1
             if request.tries > MOST_TRIES:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tierstore.batch_schedule import Running, Waiting
 from tierstore.hf.batch.choosing import Chooser
-from tierstore.jobs.ending import Ending
+from tierstore.jobs.ending import Ending, Reason
 from tierstore.jobs.rows import BadRow, Row
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Finished:
     index: int
     tokens: tuple[int, ...]
     text: str
-    finish_reason: str
+    finish_reason: Reason
     prompt_tokens: int
     seed: int
 
@@ -86,7 +86,7 @@ class Sample:
         self.sequence = -1
         self.tokens: list[int] = []
         self.drafted: list[int] = []
-        self.reason = ""
+        self.reason: Reason | None = None
         self._ending = ending
         self._chooser = Chooser(request.row.sampling, request.seed, index, request.prompt)
 
@@ -116,6 +116,7 @@ class Sample:
 
     def finished(self) -> Finished:
         """The result."""
+        assert self.reason is not None, "it has ended"
         request, text = self.request, self._ending.text(self.tokens)
         return Finished(
             request.row, self.index, tuple(self.tokens), text, self.reason, len(request.prompt), request.seed
