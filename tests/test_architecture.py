@@ -19,7 +19,7 @@ FLOORS = {
     3: "prefetch paging",
     4: "binding hf",
     5: "session generation offloading spilling loading composing feeding measuring runtime backends packing assembly "
-    "calibrating cli cli_packed jobs report __init__",
+    "calibrating cli cli_batch cli_packed jobs report __init__",
     6: "testing",
 }
 FLOOR_OF = {part: floor for floor, parts in FLOORS.items() for part in parts.split()}

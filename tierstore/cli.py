@@ -18,7 +18,7 @@ try:
     from rich.console import Console
     from rich.live import Live
 
-    from tierstore import cli_packed
+    from tierstore import cli_batch, cli_packed
 except ModuleNotFoundError as missing:
     raise SystemExit(f"the tierstore command needs {missing.name}: pip install 'tierstore[hf]'") from None
 
@@ -39,6 +39,7 @@ app = typer.Typer(
 
 app.command()(cli_packed.pack)
 app.command()(cli_packed.verify)
+app.command()(cli_batch.batch)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from tierstore.binding.uninterrupted import Uninterrupted
 from tierstore.jobs.answers import Generated
-from tierstore.jobs.engine import Engine
 from tierstore.jobs.journal import Journal
 from tierstore.jobs.lines import read_object
 from tierstore.jobs.opening import OpenJob, model_facts, open_job
@@ -83,8 +82,8 @@ def run(
     settings: JobSettings,
     *,
     errors: str | os.PathLike[str] | None = None,
-    progress: Callable[[JobProgress], object] = lambda now: None,
-    say: Callable[[str], object] = lambda line: None,
+    progress: Callable[[JobProgress], object] | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> JobReport:
     """Answer every row of the file ``prompts``: a line of ``results`` for each text, of ``errors`` (``RESULTS.errors``
     unless named) for each row that has none.
@@ -98,7 +97,7 @@ def run(
     paths = JobPaths.checked(prompts, results, errors)
     with ExitStack() as closing:
         rows = closing.enter_context(PromptFile(prompts, settings.defaults))
-        job = _Job(rows, paths, settings, progress)
+        job = _Job(rows, paths, settings)
         closing.callback(job.close)
         known = _tokens_of(paths.state)
         if known is not None:
@@ -107,11 +106,11 @@ def run(
             if not job.is_done():
                 workload = Workload.of(rows.rows(job.skip), rows.samples_total, settings.defaults)
                 opened = closing.enter_context(open_job(settings, workload, tokens=known))
-                for note in opened.notes:
-                    say(note)
+                if say is not None:
+                    say("\n".join(opened.notes))
                 if known is None:
                     job.begin(opened.plan.tokens)
-                job.work(opened)
+                job.work(opened, progress)
         except KeyboardInterrupt:
             raise JobInterrupted(job.report()) from None
         return job.report()
@@ -120,10 +119,8 @@ def run(
 class _Job:
     """A run of a job: its journal, and what is under way."""
 
-    def __init__(
-        self, rows: PromptFile, paths: JobPaths, settings: JobSettings, progress: Callable[[JobProgress], object]
-    ) -> None:
-        self._rows, self._paths, self._settings, self._progress = rows, paths, settings, progress
+    def __init__(self, rows: PromptFile, paths: JobPaths, settings: JobSettings) -> None:
+        self._rows, self._paths, self._settings = rows, paths, settings
         self._journal: Journal | None = None
         self._opened: OpenJob | None = None
         self._began = time.perf_counter()
@@ -155,14 +152,15 @@ class _Job:
         """Whether nothing is left to do."""
         return self._journal is not None and self._journal.done_rows == self._total
 
-    def work(self, opened: OpenJob) -> None:
+    def work(self, opened: OpenJob, progress: Callable[[JobProgress], object] | None) -> None:
         """Answer what is left."""
         assert self._journal is not None, "begin comes first"
         self._opened, self._began = opened, time.perf_counter()
         for some in opened.engine.answer(self._rows.rows(self.skip), self._journal.missing):
             with Uninterrupted():
                 self._write(self._journal, some)
-            self._progress(self._now(opened.engine))
+            if progress is not None:
+                progress(self._now(self._journal, opened))
 
     def report(self) -> JobReport:
         """What was done."""
@@ -197,18 +195,17 @@ class _Job:
                 journal.add(each.row, _generated(each))
         journal.commit()
 
-    def _now(self, engine: Engine) -> JobProgress:
-        assert self._journal is not None
-        assert self._opened is not None
+    def _now(self, journal: Journal, opened: OpenJob) -> JobProgress:
+        counts = opened.engine.counts
         return JobProgress(
-            done_rows=self._journal.done_rows,
+            done_rows=journal.done_rows,
             total_rows=self._total,
             before_rows=self._before,
-            failed_rows=self._journal.failed_rows,
-            prompt_tokens=engine.counts.prompt_tokens,
-            generated_tokens=engine.counts.generated_tokens,
-            passes=engine.counts.passes,
-            moved_nbytes=self._opened.session.report().bytes_moved,
+            failed_rows=journal.failed_rows,
+            prompt_tokens=counts.prompt_tokens,
+            generated_tokens=counts.generated_tokens,
+            passes=counts.passes,
+            moved_nbytes=opened.session.report().bytes_moved,
             seconds=time.perf_counter() - self._began,
         )
 
