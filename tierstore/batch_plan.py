@@ -35,7 +35,7 @@ NEAR = 1.05
 """A plan that takes so many times the seconds of the fastest is as good: what was measured is no more exact."""
 
 SPARE = 1.5
-"""A pass that streams has so many times the tokens that it needs, so that it has enough while sequences come and go."""
+"""So many times the sequences that fill a pass are under way, so that passes stay full while sequences come and go."""
 
 STEP = 1.02
 """Passes are compared that are so many times as large as the one before."""
@@ -183,22 +183,6 @@ def _micro_batches(tokens: int, room: BatchRoom) -> int:
     return 0 if left < 0 else 1 + left // max(tokens * room.waiting_nbytes_per_token, 1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Steady:
-    """A pass of ``micro_batches`` when sequences come and go: ``generated`` tokens in ``seconds``."""
-
-    micro_batches: int
-    sequences: int
-    generated: float
-    compute: float
-    transfer: float
-    seconds: float
-
-    @property
-    def rate(self) -> float:
-        return self.generated / self.seconds
-
-
 class _Sizes:
     """Plans with micro-batches of ``tokens`` tokens."""
 
@@ -218,17 +202,19 @@ class _Sizes:
         self._most_micro_batches = None if room.activations is None else _micro_batches(tokens, room)
 
     def best(self) -> BatchPlan:
-        """The fewest sequences that are about as fast as any number, and some to spare where weights stream."""
-        passes = [self._steady(micro_batches) for micro_batches in self._candidates()]
-        best = max(each.rate for each in passes)
-        chosen = next(each for each in passes if NEAR * each.rate >= best)
-        if chosen.transfer:
-            chosen = self._steady(min(passes[-1].micro_batches, ceil(SPARE * chosen.micro_batches)))
-        return self._describe(chosen)
+        """The fewest sequences that are about as fast as any number, and some to spare."""
+        plans = [self._plan(micro_batches, self._filling(micro_batches)) for micro_batches in self._candidates()]
+        best = max(plan.tokens_per_second for plan in plans)
+        enough = next(plan for plan in plans if NEAR * plan.tokens_per_second >= best)
+        sequences = min(self._most_sequences, ceil(SPARE * enough.sequences))
+        # prompts may use what the weights take, also where too few sequences generate
+        hidden = self._costs.transfer_seconds / self._micro_seconds
+        filled = sequences * self._tokens_each / self._tokens
+        micro_batches = max(enough.micro_batches, self._at_most(ceil(hidden) if filled >= hidden else int(hidden)))
+        return self._plan(micro_batches, sequences)
 
     def _candidates(self) -> Iterator[int]:
-        most = ceil(self._most_sequences * self._tokens_each / self._tokens)
-        most = self._at_most(most)
+        most = self._at_most(ceil(self._most_sequences * self._tokens_each / self._tokens))
         micro_batches = 1
         while micro_batches < most:
             yield micro_batches
@@ -238,21 +224,39 @@ class _Sizes:
     def _at_most(self, micro_batches: int) -> int:
         return micro_batches if self._most_micro_batches is None else min(micro_batches, self._most_micro_batches)
 
-    def _steady(self, micro_batches: int) -> _Steady:
+    def _filling(self, micro_batches: int) -> int:
+        """The sequences that fill a pass."""
+        return min(self._most_sequences, max(1, ceil(micro_batches * self._tokens / self._tokens_each)))
+
+    def _plan(self, micro_batches: int, sequences: int) -> BatchPlan:
         job, tokens = self._job, micro_batches * self._tokens
-        sequences = min(self._most_sequences, max(1, ceil(tokens / self._tokens_each)))
-        generated = job.new_tokens * min(
-            sequences / (job.new_tokens + 1), tokens / (job.prompt_tokens + job.new_tokens)
-        )
-        used = ceil(generated * (job.prompt_tokens + job.new_tokens) / job.new_tokens / self._tokens)
+        both = job.prompt_tokens + job.new_tokens
+        # in the steady state: as many as wait for nothing, or as a full pass has beside the prompts of those that come
+        generated = job.new_tokens * min(sequences / (job.new_tokens + 1), tokens / both)
+        used = max(ceil(generated / self._tokens), generated * both / job.new_tokens / self._tokens)
         compute, transfer = used * self._micro_seconds, self._transfer(sequences)
-        return _Steady(
-            micro_batches,
-            sequences,
-            generated,
-            compute,
-            transfer,
-            max(compute, transfer) + self._costs.overhead_seconds,
+        seconds = self._pass(used, sequences)
+
+        prompts = ceil(sequences * job.prompt_tokens / tokens)
+        first = prompts * self._pass(micro_batches, sequences)
+        last = job.new_tokens * self._pass(ceil(sequences / self._tokens), sequences)
+        tail = (job.most_new_tokens - job.new_tokens) * self._pass(1, 1)
+        between, later = 0.0, job.sequences - sequences
+        if later:
+            between = job.new_tokens * max(later * seconds / generated, self._pass(1, 1))
+        weights = ceil(self._costs.transfer_seconds / self._micro_seconds)
+        return BatchPlan(
+            tokens=self._tokens,
+            micro_batches=micro_batches,
+            sequences=sequences,
+            seconds_per_pass=seconds,
+            compute_seconds=compute,
+            transfer_seconds=transfer,
+            tokens_per_second=generated / seconds,
+            tail_seconds=tail,
+            seconds=first + between + last + tail,
+            bound=self._bound(micro_batches, sequences, compute, transfer),
+            wanted=ceil(weights * self._tokens / self._tokens_each),
         )
 
     def _transfer(self, sequences: int) -> float:
@@ -265,38 +269,14 @@ class _Sizes:
             pages -= here
         return seconds
 
-    def _pass(self, micro_batches: int, sequences: int) -> float:
+    def _pass(self, micro_batches: float, sequences: int) -> float:
         return max(micro_batches * self._micro_seconds, self._transfer(sequences)) + self._costs.overhead_seconds
 
-    def _describe(self, steady: _Steady) -> BatchPlan:
-        job, sequences = self._job, steady.sequences
-        # prompts may use all that the weights take, also where too few sequences generate
-        weights = ceil(self._costs.transfer_seconds / self._micro_seconds)
-        micro_batches = max(steady.micro_batches, self._at_most(ceil(SPARE * weights)))
-        prompts = ceil(sequences * job.prompt_tokens / (micro_batches * self._tokens))
-        first = prompts * self._pass(micro_batches, sequences)
-        last = job.new_tokens * self._pass(ceil(sequences / self._tokens), sequences)
-        tail = (job.most_new_tokens - job.new_tokens) * self._pass(1, 1)
-        between = (job.sequences - sequences) * job.new_tokens / steady.rate
-        return BatchPlan(
-            tokens=self._tokens,
-            micro_batches=micro_batches,
-            sequences=sequences,
-            seconds_per_pass=steady.seconds,
-            compute_seconds=steady.compute,
-            transfer_seconds=steady.transfer,
-            tokens_per_second=steady.rate,
-            tail_seconds=tail,
-            seconds=first + between + last + tail,
-            bound=self._bound(steady),
-            wanted=ceil(weights * self._tokens / self._tokens_each),
-        )
-
-    def _bound(self, steady: _Steady) -> str:
-        if steady.compute >= steady.transfer:
+    def _bound(self, micro_batches: int, sequences: int, compute: float, transfer: float) -> str:
+        if compute * NEAR >= transfer:
             return "compute"
-        if steady.sequences == self._most_sequences:
+        if sequences == self._most_sequences:
             return min(self._most, key=self._most.__getitem__)
-        if steady.micro_batches == self._most_micro_batches:
+        if micro_batches == self._most_micro_batches:
             return "activations"
         return "transfer"

@@ -154,14 +154,16 @@ def next_pass(running: Sequence[Running], limits: Limits) -> list[Part]:
     left -= len(generating)
     parts = []
     for each in generating:
-        more = min(each.drafts, each.prompt_tokens + each.new_tokens - each.length - 2, left)
-        more = max(0, min(more, _room(each, size, spare) - 1))
-        spare -= _opened(each, 1 + more, size)
-        left -= more
+        more = 0
+        if each.drafts and left:
+            more = min(each.drafts, each.prompt_tokens + each.new_tokens - each.length - 2, left)
+            more = max(0, min(more, _room(each, size, spare) - 1))
+            spare -= _opened(each, 1 + more, size)
+            left -= more
         parts.append(Part(each.sequence, 1 + more, False))
     for each in running:
-        tokens = min(each.prompt_tokens - each.length, left, _room(each, size, spare))
-        if tokens > 0:
+        if left and each.length < each.prompt_tokens:
+            tokens = min(each.prompt_tokens - each.length, left, _room(each, size, spare))
             spare -= _opened(each, tokens, size)
             left -= tokens
             parts.append(Part(each.sequence, tokens, True))

@@ -6,10 +6,11 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierstore.batch_schedule import Limits, Part, Running, Waiting, admit, next_pass, page_keys
+from tierstore.batch_schedule import Limits, Part, Running, Waiting, admit, next_pass, page_keys, too_long
 from tierstore.pages import PageTable
 
 
@@ -175,10 +176,100 @@ def machines(draw: st.DrawFn) -> Machine:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(machine=machines())
 def test_every_row_ends_within_every_limit(machine: Machine) -> None:
     machine.run()
     asked = sorted(number for number, row in enumerate(machine.rows) for _ in row.ends)
     assert sorted(machine.ended) == asked
     assert machine.table.usage().held_pages == 0
+
+
+def limits(
+    *, tokens: int = 8, micro_batches: int = 2, sequences: int = 9, pages: int = 99, open_pages: int = 99
+) -> Limits:
+    return Limits(tokens, micro_batches, sequences, 4, pages, open_pages)
+
+
+def begun(number: int, length: int, *, prompt: int = 10, drafts: int = 0, samples: int = 1) -> Running:
+    return Running(number, number, prompt, 20, length, samples=samples, drafts=drafts)
+
+
+def test_tokens_come_first_then_drafts_then_prompts_fill_the_last_micro_batch() -> None:
+    running = [begun(0, 3), begun(1, 10, drafts=3), begun(2, 12), begun(3, 0)]
+    assert next_pass(running, limits()) == [
+        Part(1, 4, False),
+        Part(2, 1, False),
+        Part(0, 7, True),
+        Part(3, 4, True),
+    ]
+    assert next_pass(running, limits(micro_batches=1)) == [Part(1, 4, False), Part(2, 1, False), Part(0, 3, True)]
+    assert next_pass(running, limits(tokens=2, micro_batches=1)) == [Part(1, 1, False), Part(2, 1, False)]
+    assert next_pass(running, limits(tokens=1, micro_batches=1)) == [Part(1, 1, False)]
+    assert next_pass([], limits()) == []
+
+
+def test_drafts_end_where_the_text_must() -> None:
+    # 10 tokens of a prompt and 20 new ones, of which the last is never computed: one is chosen, two can still come
+    assert next_pass([begun(0, 27, drafts=9)], limits()) == [Part(0, 2, False)]
+    assert next_pass([begun(0, 28, drafts=9)], limits()) == [Part(0, 1, False)]
+
+
+def test_a_prompt_opens_as_many_pages_as_are_left() -> None:
+    assert next_pass([begun(0, 0), begun(1, 11)], limits(open_pages=3)) == [Part(1, 1, False), Part(0, 8, True)]
+    assert next_pass([begun(0, 2), begun(1, 11, drafts=3)], limits(open_pages=2)) == [
+        Part(1, 1, False),
+        Part(0, 2, True),
+    ]
+
+
+def test_rows_that_share_a_prefix_wait_for_it_and_others_do_not() -> None:
+    first, second, other = [list(range(13)), [*range(9), 5, 5, 5], [7] * 13]
+    rows = [Row(tokens, 3, [3]) for tokens in (first, second, other)]
+    machine = Machine(limits(), rows, Random(0))
+    machine.join()
+    assert [each.running.row for each in machine.live] == [0, 2]
+    machine.carry_out(next_pass([each.running for each in machine.live], machine.limits))
+    machine.join()
+    assert [each.running.row for each in machine.live] == [0, 2, 1]
+    assert machine.live[-1].running.length == 8, "two pages are there already"
+
+
+def test_a_common_prefix_is_computed_once_and_reserved_once() -> None:
+    common = list(range(40))
+    rows = [Row([*common, 100 + number], 3, [3, 3]) for number in range(20)]
+    machine = Machine(limits(tokens=64, pages=10 + 8 * 1, sequences=8), rows, Random(0))
+    machine.run()
+    assert machine.computed == 40 + 20 + 20 * 2 * 2
+    assert len(machine.passes) <= 3 * 5 + 2, "eight samples at a time, though each row alone would take 12 pages"
+
+
+def test_no_row_overtakes_one_that_lacks_room() -> None:
+    waiting = [Waiting(1, 16, 4), Waiting(2, 1, 1)]
+    assert admit([begun(0, 0)], waiting, limits(pages=12)) == []
+    assert [each.row for each in admit([begun(0, 0)], waiting, limits(pages=14))] == [1, 2]
+
+
+def test_samples_beyond_what_can_go_on_at_once_wait_on() -> None:
+    row = Waiting(1, 4, 4, samples=9)
+    assert admit([], [row], limits(sequences=5))[0].samples == 5
+    assert admit([], [row], limits(open_pages=3))[0].samples == 3
+    assert admit([], [row], limits(pages=5))[0].samples == 4
+    assert admit([begun(1, 10)], [row, Waiting(2, 1, 1)], limits())[0].row == 2
+
+
+def test_what_can_never_run_is_told_exactly() -> None:
+    assert too_long(Waiting(1, 30, 10), limits(pages=10)) is None
+    assert too_long(Waiting(1, 31, 10), limits(pages=10)) == (41, 40)
+    with pytest.raises(ValueError, match=r"leave out what is too long"):
+        admit([], [Waiting(1, 31, 10)], limits(pages=10))
+    with pytest.raises(ValueError, match=r"at least 1"):
+        limits(open_pages=0)
+
+
+def test_keys_stand_for_all_that_came_before() -> None:
+    keys = page_keys(range(9), 4)
+    assert page_keys([*range(8), 77], 4) == keys
+    assert len(page_keys(range(8), 4)) == 1, "the last token is computed in any case"
+    assert page_keys([9, *range(1, 9)], 4)[1] != keys[1]
+    assert page_keys([], 4) == ()
