@@ -76,6 +76,10 @@ def test_smoke_run_of_accuracy(tmp_path: Path) -> None:
     assert list(figures) == [row.split("  ")[0] for row in table.splitlines()[2 : 2 + len(figures)]]
     kl = {name: found["topics_kl"] for name, found in figures.items()}
     assert 0 < kl["int8"] < kl["int4 on docstrings"] < kl["int4"] < 0.01
+    assert {name: kl[name + ", input rounded"] for name in kl if name + ", input rounded" in kl} == {
+        name: pytest.approx(kl[name], rel=0.2) for name in ("int8", "int4", "int4 on docstrings")
+    }
+    assert kl["int4, input rounded"] != kl["int4"]
     assert figures["int4"]["bits"] == pytest.approx(4.5)
     assert said["goals"]["int4: relative error on normal weights"]
 
