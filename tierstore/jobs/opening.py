@@ -92,7 +92,7 @@ class _Opening:
         self._unified = backend.engine.unified
         self._ends = end_tokens(module, tokenizer)
         self._positions: int | None = getattr(text, "max_position_embeddings", None)
-        self._job, longest = self._workload.measure(self._encoder, PAGE_TOKENS)
+        self._job, longest = self._workload.measure(self._encoder, PAGE_TOKENS, self._positions)
         self._why_alone = why_not_tokens(module)
         budget = settings.budget
         if budget.kv_hbm or self._why_alone:

@@ -38,8 +38,10 @@ class Workload:
         """Of rows that will come."""
         return cls((), UNKNOWN_SEQUENCES, defaults)
 
-    def measure(self, encoder: Encoder, page_tokens: int) -> tuple[BatchJob, int]:
-        """For the plan of a batch; and the length of the longest sequence of its rows, prompt and text."""
+    def measure(self, encoder: Encoder, page_tokens: int, positions: int | None) -> tuple[BatchJob, int]:
+        """For the plan of a batch; and the length of the longest sequence of its rows, prompt and text.
+
+        Rows that are no tokens, or more than ``positions``, do not count: they will fail."""
         seen: set[bytes] = set()
         prompts, new, longest = 0.0, 0, 1
         counted, most_new = 0, 1
@@ -48,10 +50,12 @@ class Workload:
                 tokens = encoder.tokens(row.prompt, row.messages)
             except RowError:
                 continue
+            samples, most = row.sampling.n, row.sampling.max_new_tokens
+            if positions is not None and len(tokens) + most > positions:
+                continue
             keys = page_keys(tokens, page_tokens)
             found = sum(key in seen for key in keys) * page_tokens
             seen.update(keys)
-            samples, most = row.sampling.n, row.sampling.max_new_tokens
             prompts += len(tokens) - found
             new += most * samples
             counted += samples

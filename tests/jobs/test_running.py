@@ -1,0 +1,150 @@
+"""A job over a real checkpoint that streams from disk says what the plain model says, and can be stopped whenever."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.jobs.small import FAILED, ROWS, TEXTS, settings_of, texts_of, write_prompts
+from tierstore.budget import Budget
+from tierstore.errors import CheckpointError, DeviceError, StoreMismatchError
+from tierstore.jobs import JobInterrupted, JobProgress, Result, run, stream
+
+
+@pytest.fixture(scope="module")
+def greedy(tiny_checkpoint: Path) -> dict[str, str]:
+    """What the plain model says to the greedy rows."""
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    said = {}
+    for row in ROWS:
+        if row.get("id", "").startswith(("plain", "chat")):
+            text = row.get("prompt") or f"<user>{row['messages'][0]['content']}\n<assistant>"
+            inputs = tokenizer(text, return_tensors="pt")
+            most = row.get("max_new_tokens", 8)
+            tokens = model.generate(**inputs, max_new_tokens=most, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+            said[row["id"]] = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return said
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[str, int]]:
+    """What a job that nobody disturbs says."""
+    folder = tmp_path_factory.mktemp("alone")
+    said: list[str] = []
+    report = run(write_prompts(folder), folder / "results", settings_of(tiny_checkpoint), say=said.append)
+    assert (report.rows, report.done_rows, report.failed_rows) == (len(ROWS), len(ROWS), FAILED)
+    assert report.found_tokens > 0  # of the common beginning
+    assert report.session is not None
+    assert report.session.bytes_moved > 0
+    assert report.session.peak_bytes["hbm"] <= 8 << 20
+    assert "sequences at once" in said[0]
+    assert json.loads(report.to_json())["generated_tokens"] == report.generated_tokens
+    assert "rows are done" in str(report)
+    failed = [json.loads(line) for line in (folder / "results.errors").read_text().splitlines()]
+    assert {line["id"]: line["line"] for line in failed} == {"bad": 9, "long": 10}
+    found = texts_of(folder / "results")
+    assert len(found) == TEXTS
+    return found
+
+
+def test_greedy_texts_are_those_of_the_plain_model(
+    alone: dict[tuple[str, int], tuple[str, int]], greedy: dict[str, str]
+) -> None:
+    assert {id: alone[id, 0][0] for id in greedy} == greedy
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"sequences": 1, "speculate": "off"}, {"speculate": "lookup", "budget": Budget(hbm="64MiB")}],
+    ids=["one at a time", "all in memory"],
+)
+def test_texts_do_not_depend_on_the_batch(
+    tiny_checkpoint: Path, tmp_path: Path, alone: dict[tuple[str, int], tuple[str, int]], change: dict[str, Any]
+) -> None:
+    run(write_prompts(tmp_path), tmp_path / "results", settings_of(tiny_checkpoint, **change))
+    assert texts_of(tmp_path / "results") == alone
+
+
+def test_interrupted_and_gone_on_with(
+    tiny_checkpoint: Path, tmp_path: Path, alone: dict[tuple[str, int], tuple[str, int]]
+) -> None:
+    prompts, results = write_prompts(tmp_path), tmp_path / "results"
+    shown: list[JobProgress] = []
+
+    def stop(now: JobProgress) -> None:
+        shown.append(now)
+        if now.done_rows > FAILED:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(JobInterrupted) as stopped:
+        run(prompts, results, settings_of(tiny_checkpoint), progress=stop)
+    report = stopped.value.report
+    assert 0 < report.done_rows < len(ROWS)
+    assert shown[-1].done_rows == report.done_rows
+    there = texts_of(results)
+    assert all(alone[key] == said for key, said in there.items())
+    assert run(prompts, results, settings_of(tiny_checkpoint)).done_rows == len(ROWS)
+    assert texts_of(results) == alone
+    again = run(prompts, results, settings_of(tiny_checkpoint, tokens=None))  # nothing is left to do
+    assert (again.done_rows, again.passes, again.session) == (len(ROWS), 0, None)
+
+
+def test_killed_at_random_moments(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    program = Path(__file__).with_name("job_killed.py")
+    done = subprocess.run(
+        [sys.executable, program, tmp_path, tiny_checkpoint, "3"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) >= 2, done.stdout
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"tokens": 8}, {"chat": True}, {"kv_format": "bf16"}])
+def test_a_job_goes_on_only_as_it_was_begun(tiny_checkpoint: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    prompts, results = write_prompts(tmp_path), tmp_path / "results"
+
+    def stop(now: JobProgress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(JobInterrupted):
+        run(prompts, results, settings_of(tiny_checkpoint), progress=stop)
+    with pytest.raises(StoreMismatchError, match=next(iter(change))):
+        run(prompts, results, settings_of(tiny_checkpoint, **change))
+
+
+def test_an_error_of_the_machine_leaves_what_is_done(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    prompts, results = write_prompts(tmp_path), tmp_path / "results"
+
+    def fail(now: JobProgress) -> None:
+        if now.done_rows > FAILED:
+            raise DeviceError("gone")
+
+    with pytest.raises(DeviceError):
+        run(prompts, results, settings_of(tiny_checkpoint), progress=fail)
+    assert texts_of(results)
+    assert run(prompts, results, settings_of(tiny_checkpoint)).done_rows == len(ROWS)
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        run(write_prompts(tmp_path), tmp_path / "results", settings_of(tmp_path / "nowhere"))
+
+
+async def test_streamed_rows_say_the_same(
+    tiny_checkpoint: Path, tmp_path: Path, alone: dict[tuple[str, int], tuple[str, int]]
+) -> None:
+    def check(results: list[Result]) -> None:
+        texts = {(str(each.id), each.index): (each.text, each.seed) for each in results if each.error is None}
+        assert texts == alone
+        assert {each.id for each in results if each.error is not None} == {"bad", "long"}
+
+    settings = settings_of(tiny_checkpoint)
+    check([result async for result in stream(ROWS, settings)])
+    check([result async for result in stream(write_prompts(tmp_path), settings)])
