@@ -20,6 +20,8 @@ _ALIGNED = 16
 """Floats in 64 bytes: the address modulo these decides how products on a CPU are computed."""
 _FLOATS_ON_CPU, _FLOATS_ON_DEVICE = 1 << 19, 1 << 22
 """So many numbers of keys, and of values, are made float32 at once: on a CPU what a cache keeps until it is read."""
+_LEAST_EXPONENT = -80.0
+"""A share is at least the exponential of this, beside the highest one. Smaller ones are slow on CPUs, and nothing."""
 _LEAST_ITEMS = 2
 """One item alone is, to some libraries, not a batch but a product of another kind."""
 
@@ -153,14 +155,12 @@ class TileAttention:
             scores.tanh_().mul_(self._softcap)
         unseen = None if all(self._sees_all(tile, first) for tile in tiles) else self._unseen(at, first)
         if unseen is not None:
-            scores.masked_fill_(unseen, -math.inf)
+            scores = torch.where(unseen, -math.inf, scores)
         before = self._top[at]
         top = torch.maximum(before, scores.amax(-1))
-        scores.sub_(top.unsqueeze(-1))
-        if unseen is None:
-            shares = scores.exp_()
-        else:
-            shares = scores.masked_fill_(unseen, 0).exp_().masked_fill_(unseen, 0)  # exp of -inf is slow on CPUs
+        shares = scores.sub_(top.unsqueeze(-1)).clamp_(min=_LEAST_EXPONENT).exp_()
+        if unseen is not None:
+            shares *= unseen.logical_not().float()
         kept = (before - top).exp_()
         total = (self._total[at] * kept).add_(shares.sum(-1))
         sums = (self._sum[at] * kept.unsqueeze(-1)).add_(self._weighted(shares, values, tiles, first, unseen))
@@ -208,7 +208,7 @@ class TileAttention:
                 copied[place, :, span.stop :] = 0
         flat = shares.flatten(2, 3)
         sums = self._product(flat, copied)
-        if not bool(sums[: len(tiles)].isfinite().all()):
+        if not math.isfinite(sums[: len(tiles)].sum().item()):
             # What one query sees, another may not: each gets what is not a number only if it sees what is not finite.
             odd = copied.isfinite().logical_not_()
             seen = torch.ones_like(shares) if unseen is None else unseen.logical_not().float().expand(shares.shape)
