@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierstore.batch_schedule import Limits, Part, Running, Waiting, admit, next_pass, page_keys, too_long
+from tierstore.batch_schedule import Admission, Limits, Part, Running, Waiting, admit, next_pass, page_keys, too_long
 from tierstore.pages import PageTable
 
 
@@ -221,6 +221,36 @@ def test_a_prompt_opens_as_many_pages_as_are_left() -> None:
         Part(1, 1, False),
         Part(0, 2, True),
     ]
+
+
+def test_open_pages_are_shared_out_to_the_oldest_prompts() -> None:
+    running = [begun(0, 0, prompt=9), begun(1, 0, prompt=9), begun(2, 0, prompt=9)]
+    parts = next_pass(running, limits(tokens=99, open_pages=6))
+    assert [part.tokens for part in parts] == [9, 8, 4]
+
+
+def test_pages_that_rows_share_are_reserved_once() -> None:
+    keys = page_keys(range(10), 4)
+    # two pages to share, and six for the rest of the first prompt and its text
+    running = [replace(begun(0, 10), keys=keys)]
+    row = Waiting(1, 10, 20, keys=keys)
+    assert admit(running, [row], limits(pages=13)) == []
+    assert admit(running, [row], limits(pages=14)) == [Admission(1, 1, 8)]
+    # nothing is shared with what is computed anew, or not sealed yet
+    assert admit(running, [replace(row, keys=())], limits(pages=15)) == []
+    assert admit(running, [replace(row, keys=())], limits(pages=16)) == [Admission(1, 1, 0)]
+    apart = Waiting(1, 10, 20, keys=page_keys([7] * 10, 4))
+    for sealed in (0, 4):
+        computing = [replace(begun(0, 4), keys=keys, sealed=sealed)]
+        assert admit(computing, [apart], limits(pages=15)) == []
+        assert admit(computing, [apart], limits(pages=16)) == [Admission(1, 1, 0)]
+        assert admit(computing, [row], limits(pages=99)) == []
+
+
+def test_what_one_sequence_has_sealed_need_not_be_waited_for() -> None:
+    keys = page_keys(range(10), 4)
+    running = [replace(begun(0, 10), keys=keys), replace(begun(1, 0), keys=keys)]
+    assert admit(running, [Waiting(2, 10, 20, keys=keys)], limits()) == [Admission(2, 1, 8)]
 
 
 def test_rows_that_share_a_prefix_wait_for_it_and_others_do_not() -> None:
