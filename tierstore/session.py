@@ -83,7 +83,7 @@ class Engaged:
         if not stations:
             return [call() for call in calls]
         device = self.runtime.backend.device
-        return Baton(self._module, stations, self.binder.loans, self._watch, device).run(calls)
+        return Baton(self._module, stations, self.binder.settled, self.binder.loans, self._watch, device).run(calls)
 
     def stop(self) -> None:
         """Stop watching passes. Idempotent."""

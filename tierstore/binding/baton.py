@@ -7,7 +7,7 @@ every thread of the system a team of its own, and a change of teams costs millis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
@@ -57,8 +57,8 @@ class Baton:
     """Lets calls of forwards of ``root`` take turns.
 
     ``stations`` are the modules before which calls wait for each other, each with its unit, in the order in which units
-    are used. To ``passes`` all of it is one pass, and one more whenever all calls that have not ended begin another
-    forward of ``root``.
+    are used; units in ``settled``, which may become more, are not waited for. To ``passes`` all of it is one pass, and
+    one more whenever all calls that have not ended begin another forward of ``root``.
 
     A unit serves the calls in their order. Of several units that calls wait for, as with experts, the first behind the
     present one is next. While a unit is served it stays in memory, unless something else needs the room.
@@ -68,12 +68,13 @@ class Baton:
         self,
         root: nn.Module,
         stations: Mapping[nn.Module, str],
+        settled: Set[str],
         loans: Loans,
         passes: Passes,
         device: torch.device,
     ) -> None:
         self._root, self._loans, self._passes, self._device = root, loans, passes, device
-        self._stations = stations
+        self._stations, self._settled = stations, settled
         self._ranks = {unit: rank for rank, unit in enumerate(dict.fromkeys(stations.values()))}
         self._calls: list[_Call[Any]] = []
         self._call_of: dict[Any, _Call[Any]] = {}
@@ -195,7 +196,7 @@ class Baton:
             self._throughs.append((module, through))
 
     def _at_unit(self, unit: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if unit != self._serves:
+        if unit != self._serves and unit not in self._settled:
             self._wait(unit)
         self._used = True
         return forward(*args, **kwargs)

@@ -44,6 +44,8 @@ class Binder:
         self._device = device
         self._groups = list(groups)
         self._turns: dict[str, Turn] = {}
+        self.settled: set[str] = set()
+        """Units that are in memory for good."""
         self._settled: dict[int, int] = {}  # by entry: the storage that its tensor was given for good
         self._originals: dict[int, Tensor] = {}
         self._conversions = Conversions()
@@ -67,6 +69,7 @@ class Binder:
     def settle(self, units: Iterable[str], slots: Callable[[str], Slot]) -> None:
         """Give the tensors of resident units their memory for good: no ghosts, no turns."""
         chosen = set(units)
+        self.settled |= chosen
         for name in chosen:
             if name in self._turns:
                 self._turns.pop(name).unwatch()
@@ -87,17 +90,18 @@ class Binder:
     def stations(self, root: nn.Module) -> dict[nn.Module, str]:
         """The modules whose forward uses a unit that may have to be fetched, each with that unit, in order of use.
 
-        Those without a turn are childless, and of several units of theirs it is the first. Tables are not among them:
-        their rows are looked up."""
+        Those without a turn are childless, and of several units of theirs it is the first. Tables whose rows are
+        looked up are not among them."""
         found: dict[nn.Module, str] = {}
         for turn in self._turns.values():
             found.update(dict.fromkeys(turn.modules, turn.unit))
-        without = {group.name for group in self._groups if not group.turns}
+        without = {group.name for group in self._groups if not group.turns} - self.settled
         for item in self._held:
             unit = self.loans.unit_of(item.block)
-            if unit in without and id(item.entry) not in self._settled:
+            if unit in without:
                 for owner in (location.owner for location in item.entry.locations):
-                    if not isinstance(owner, nn.Embedding) and not any(True for _ in owner.children()):
+                    table = isinstance(owner, nn.Embedding) and self.loans.has_rows(item.block)
+                    if not table and not any(True for _ in owner.children()):
                         found.setdefault(owner, unit)
         return {module: found[module] for module in root.modules() if module in found}
 
