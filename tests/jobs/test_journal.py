@@ -144,6 +144,18 @@ def cut_and_complete(prompts: Path, results: Path, data: st.DataObject) -> None:
     assert sorted(errors_of(results)) == [3, 6]
 
 
+def test_zeros_and_what_was_written_after_them_are_cut(prompts: Path, results: Path) -> None:
+    """A power cut may leave a block of zeros within the lines that were written last, in one go."""
+    with opened(prompts, results) as journal:
+        finish(journal, prompts)
+    first, second, *others = results.read_bytes().splitlines(keepends=True)
+    results.write_bytes(first + b"\0" * (len(second) - 9) + second[-9:] + b"".join(others))
+    with opened(prompts, results) as journal:
+        assert results.read_bytes() == first
+        finish(journal, prompts)
+    assert answers(results).keys() == ALL
+
+
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"model": {"config": "other"}}, 'model.config was "abc", now "other"'),
     ({"settings": {"seed": 2, "kv": None}}, "settings.seed was 1, now 2"),
@@ -474,3 +486,8 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         assert 3 + 10 + 17 + 24 <= journal.done_samples < 799
         finish(journal, prompts, each=50)
     assert answers(results).keys() == {(n + 1, index) for n in range(400) for index in range(1 + n % 3)}
+
+
+def test_files_of_a_job_are_read_without_torch() -> None:
+    code = "import sys; sys.modules.update(dict.fromkeys(('torch', 'numpy', 'transformers'))); import tierstore.jobs.journal"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
