@@ -84,9 +84,9 @@ def test_a_long_row_gets_up_to_a_half_and_no_more() -> None:
 
 
 def test_pages_are_in_ram_where_more_sequences_fit() -> None:
-    assert 0 < split(ram=1000).kv_ram <= 250 * MIB
-    assert "room for 64 sequences" in split(ram=1000).reason
-    assert "no more pages can be open" in split(ram=1000).reason
+    assert split(ram=1000).kv_ram == 250 * MIB
+    assert "250.00 MiB of ram" in split(ram=1000).reason
+    assert "no more pages can be open" in split(ram=10_000).reason
     assert split(sequences=1, ram=1000).kv_ram == 0
 
 

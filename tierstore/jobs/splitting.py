@@ -9,6 +9,8 @@ from math import ceil
 
 from tierstore.budget import format_nbytes
 from tierstore.errors import PlanError
+from tierstore.hf.batch.capacity import capacity_of
+from tierstore.hf.batch.slices import Capacity
 from tierstore.page_plan import PageKind, PagePlan, build_page_plan
 
 PART = 4
@@ -83,7 +85,7 @@ def _choices(needs: KvNeeds, most_hbm: int, most_ram: int, kv_nvme: int, unified
         kv_hbm = _least_hbm(needs, kv_ram, kv_nvme, unified)
         while kv_hbm is not None and kv_hbm <= most_hbm:
             plan = build_page_plan(needs.kinds, kv_hbm, kv_ram, kv_nvme, unified=unified)
-            sequences = min(needs.sequences, _sequences(plan, needs.tokens))
+            sequences = min(needs.sequences, _sequences(capacity_of(plan.kinds), needs.tokens))
             longest = plan.tokens is None or plan.tokens >= needs.longest_tokens
             yield _Choice(kv_hbm, kv_ram, plan, sequences, longest)
             if kv_hbm == most_hbm or (longest and sequences == needs.sequences):
@@ -106,14 +108,9 @@ def _least_hbm(needs: KvNeeds, kv_ram: int, kv_nvme: int, unified: bool) -> int 
     return None
 
 
-def _sequences(plan: PagePlan, tokens: float) -> int:
+def _sequences(capacity: Capacity, tokens: float) -> int:
     """How many sequences of ``tokens`` can be under way at once."""
-    fits = []
-    for each in plan.kinds:
-        pages = ceil(tokens / each.kind.page_tokens)
-        pages = min(pages, each.kind.sequence_pages or pages)
-        fits.append(min(each.pages // pages, each.open_pages))
-    return min(fits)
+    return min(capacity.pages // ceil(tokens / capacity.page_tokens), capacity.open_pages)
 
 
 def _too_small(needs: KvNeeds, hbm: int, ram: int, kv_nvme: int, unified: bool) -> PlanError:
@@ -140,7 +137,7 @@ def _reason(needs: KvNeeds, chosen: _Choice) -> str:
     text = f"{tiers} are for the KV cache, room for {sequences} of {needs.tokens:.0f} tokens at once; "
     if chosen.sequences == needs.sequences:
         text += "the job has no more"
-    elif chosen.sequences == min(each.open_pages for each in chosen.plan.kinds):
+    elif chosen.sequences == capacity_of(chosen.plan.kinds).open_pages:
         text += f"the job has {needs.sequences}, but no more pages can be open at once"
     else:
         text += f"the job has {needs.sequences}, but weights that do not stay would cost every pass"
