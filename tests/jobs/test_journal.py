@@ -489,5 +489,6 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 
 
 def test_files_of_a_job_are_read_without_torch() -> None:
-    code = "import sys; sys.modules.update(dict.fromkeys(('torch', 'numpy', 'transformers'))); import tierstore.jobs.journal"
+    absent = "import sys; sys.modules.update(dict.fromkeys(('torch', 'numpy', 'transformers')))"
+    code = f"{absent}; import tierstore.jobs.journal"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
