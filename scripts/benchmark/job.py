@@ -15,7 +15,7 @@ class Job:
     ``hbm``: bytes of weights that may stand in memory. ``steps``: tokens to decode, or passes to run. Streaming jobs
     run ``groups`` of as many steps, with a pause around each. ``length``: tokens of the prompt. ``seconds``: how long
     the prefill that is looked for takes (0 for none), or how long passes are compared. ``form`` and ``out``: the packed
-    format that is made of the checkpoint, and where.
+    format that is made of the checkpoint, and where. ``rows``: of a batch; ``kv_hbm``: bytes of its KV cache.
     """
 
     kind: str
@@ -28,3 +28,5 @@ class Job:
     seconds: float = 0.0
     form: str = ""
     out: str = ""
+    rows: int = 1
+    kv_hbm: int = 0

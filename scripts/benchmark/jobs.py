@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import tierstore
 import tierstore.hf.checkpoint  # which load would import
 import tierstore.packing
-from benchmark import llama_cpp
+from benchmark import batches, llama_cpp
 from benchmark.decoding import Step, decode, prefill, prompt_of
 from benchmark.job import PAUSE, Job
 from tierstore import Budget
@@ -220,7 +220,18 @@ def _peak_nbytes() -> int:
 
 JOBS: dict[str, Callable[[Job], dict[str, Any]]] = {
     job.__name__: job
-    for job in (resident, tierstore_decode, tierstore_prefill, accelerate_decode, pack, llama_cpp_decode, fits)
+    for job in (
+        resident,
+        tierstore_decode,
+        tierstore_prefill,
+        accelerate_decode,
+        pack,
+        llama_cpp_decode,
+        fits,
+        batches.batch,
+        batches.accelerate_batch,
+        batches.speculate,
+    )
 }
 
 
