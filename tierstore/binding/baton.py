@@ -83,7 +83,7 @@ class Baton:
         self._used = False  # whether a unit was, in the pass under way
         self._stay: Stay | None = None
         self._entered = self._ending = self._over = False
-        self._own = ThreadState.of(device)
+        self._own = self._present = ThreadState.of(device)
         self._stacked = stacked()
         self._keeping = _keeping.get()
 
@@ -141,19 +141,38 @@ class Baton:
             elif self._used:
                 self._begin_pass()
             self._serves = unit
-        for call in waiting:
-            if call.waits == unit:
-                self._resume(call)
+        self._sweep([call for call in waiting if call.waits == unit])
 
-    def _resume(self, call: _Call[Any], *error: type[BaseException]) -> None:
-        """Let a call go on until it waits again, or ends. The thread is as it was when the call was left."""
+    def _sweep(self, calls: Sequence[_Call[Any]], *error: type[BaseException]) -> None:
+        """Let calls go on, one after the other; then the thread is as it was."""
         try:
-            with torch.inference_mode(call.state.inference):  # at its end all but autocast is as before
-                call.state.resume()
-                left = call.greenlet.throw(*error) if error else call.greenlet.switch()
-                call.state = ThreadState.of(self._device)
+            with torch.inference_mode(self._own.inference):  # at its end all but the types of autocast is as before
+                self._own.resume()
+                self._present = self._own
+                for call in calls:
+                    self._resume(call, *error)
         finally:
             self._own.resume()
+
+    def _resume(self, call: _Call[Any], *error: type[BaseException]) -> None:
+        """Let a call go on until it waits again, or ends, with the thread as it was when the call was left."""
+        present = self._present
+        if call.state.inference != present.inference:
+            with torch.inference_mode(call.state.inference):
+                call.state.resume()
+                self._go_on(call, *error)
+            present.resume()
+        else:
+            if call.state != present:
+                call.state.resume()
+            self._go_on(call, *error)
+            self._present = call.state
+
+    def _go_on(self, call: _Call[Any], *error: type[BaseException]) -> None:
+        try:
+            left = call.greenlet.throw(*error) if error else call.greenlet.switch()
+            call.state = ThreadState.of(self._device)
+        finally:
             call.ended = call.greenlet.dead
         if call.ended and call.result is None and not self._ending:
             try:
@@ -176,7 +195,7 @@ class Baton:
         for call in reversed(self._calls):
             if call.greenlet:  # has begun, and not ended
                 with suppress(BaseException):  # there is an error already
-                    self._resume(call, self._exit)
+                    self._sweep([call], self._exit)
         self._leave_unit()
         while self._throughs:
             withdraw(*self._throughs.pop())

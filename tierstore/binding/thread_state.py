@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
 _C = cast(Any, torch._C)
 
 
-@dataclass(frozen=True, slots=True)
-class ThreadState:
+class ThreadState(NamedTuple):
     """Grad mode, inference mode, autocast and, for a CUDA device, the current stream."""
 
     grad: bool
@@ -23,17 +21,17 @@ class ThreadState:
     @staticmethod
     def of(device: torch.device) -> ThreadState:
         """The present one of this thread, which computes on ``device``."""
-        kinds = dict.fromkeys(("cpu", device.type))
+        there = device.type != "cpu"
         return ThreadState(
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds),
+            (_autocast("cpu"), _autocast(device.type)) if there else (_autocast("cpu"),),
             torch.is_autocast_cache_enabled(),
             torch.cuda.current_stream() if device.type == "cuda" else None,
         )
 
     def resume(self) -> None:
-        """Make it the present one; inside ``torch.inference_mode(self.inference)``, which only a ``with`` can set."""
+        """Make it the present one, but for inference mode, which only a ``with`` can set."""
         torch.set_grad_enabled(self.grad)
         for kind, enabled, dtype in self.autocast:
             torch.set_autocast_enabled(kind, enabled)
@@ -41,6 +39,10 @@ class ThreadState:
         torch.set_autocast_cache_enabled(self.caches_casts)
         if self.stream is not None and torch.cuda.current_stream() != self.stream:
             torch.cuda.set_stream(self.stream)
+
+
+def _autocast(kind: str) -> tuple[str, bool, torch.dtype]:
+    return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 
 def stacked() -> tuple[Any, ...]:
