@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tierstore.budget import Budget
-from tierstore.errors import DeviceError
 from tierstore.sampling import Sampling
-
-ENGINES = ("local", "ray")
 
 
 def batch(
@@ -44,16 +41,13 @@ def batch(
     device: Annotated[str | None, typer.Option(help="Where to compute, such as cuda:1 or cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the weights, such as bfloat16.")] = None,
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Take prompts as what a user says.")] = False,
-    engine: Annotated[str, typer.Option(help="Where the job runs: local or ray.")] = "local",
+    engine: Annotated[str, typer.Option(help="Where the job runs: local, or ray for a Ray cluster.")] = "local",
+    workers: Annotated[int | None, typer.Option(min=1, help="Workers on the Ray cluster, a model each.")] = None,
     quiet: Annotated[bool, typer.Option(help="Say nothing while it runs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON: what was done.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that the checkpoint brings.")] = False,
 ) -> None:
     """Answer every row of a file. Run again after a stop of any kind, the command goes on where it was."""
-    if engine not in ENGINES:
-        raise DeviceError(f"--engine {engine!r} is none: choose one of {', '.join(ENGINES)}")
-    if engine == "ray":
-        raise DeviceError("--engine ray cannot be used yet: leave it out, and the job runs in this process")
     from tierstore.jobs import JobInterrupted, JobSettings, run
     from tierstore.jobs.progress import ProgressLine
 
@@ -79,8 +73,18 @@ def batch(
     with ExitStack() as closing:
         line = None if quiet else closing.enter_context(ProgressLine(sys.stderr))
         say = None if line is None else line.say
+        closing.enter_context(redirect_stdout(sys.stderr))  # Ray says there what becomes of workers
         try:
-            report = run(prompts, results, settings, errors=errors, progress=line, say=say)
+            report = run(
+                prompts,
+                results,
+                settings,
+                errors=errors,
+                engine=engine,
+                workers=workers,
+                progress=line,
+                say=say,
+            )
         except JobInterrupted as interrupted:
             closing.close()
             print(f"tierstore: stopped: {interrupted}. The same command goes on with the rest.", file=sys.stderr)

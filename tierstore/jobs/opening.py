@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,11 @@ from tierstore.drafting import PassCost
 from tierstore.errors import CheckpointError, DeviceError, ModuleError
 from tierstore.jobs.drafts import Drafting, LookupDrafter
 from tierstore.jobs.encoding import Encoder, end_tokens
-from tierstore.jobs.engine import Engine
+from tierstore.jobs.engine import Counts, Engine
 from tierstore.jobs.probing import probe
+from tierstore.jobs.prompts import PromptFile
+from tierstore.jobs.rows import Row
+from tierstore.jobs.samples import Failed, Finished
 from tierstore.jobs.settings import JobSettings
 from tierstore.jobs.splitting import KvNeeds, split_budget
 from tierstore.jobs.workload import Workload
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from tierstore.hf.batch.slices import Capacity
     from tierstore.hf.checkpoint import Checkpoint
     from tierstore.hf.kv.memory import KvMemory
+    from tierstore.report.report import Report
     from tierstore.session import Session
 
 
@@ -41,6 +45,31 @@ class OpenJob:
     session: Session
     plan: BatchPlan
     notes: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.plan.tokens
+
+    @property
+    def counts(self) -> Counts:
+        """What was done so far."""
+        return self.engine.counts
+
+    @property
+    def moved_nbytes(self) -> int:
+        """Bytes of weights moved so far."""
+        return self.session.report().bytes_moved
+
+    def report(self) -> Report:
+        """What moved, and what it cost."""
+        return self.session.report()
+
+    def answer(
+        self, prompts: PromptFile, skip: Callable[[int], bool], missing: Callable[[Row], Sequence[int]]
+    ) -> Iterator[list[Finished | Failed]]:
+        """``engine.answer`` for the rows of ``prompts``, but for those in lines to ``skip``."""
+        return self.engine.answer(prompts.rows(skip), missing)
 
 
 @contextmanager

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tierstore.binding.uninterrupted import Uninterrupted
+from tierstore.errors import BudgetError
 from tierstore.jobs.answers import Generated
+from tierstore.jobs.engine import Counts
 from tierstore.jobs.journal import Journal
 from tierstore.jobs.lines import read_object
-from tierstore.jobs.opening import OpenJob, model_facts, open_job
+from tierstore.jobs.opening import model_facts, open_job
 from tierstore.jobs.paths import JobPaths
 from tierstore.jobs.progress import JobProgress
 from tierstore.jobs.prompts import PromptFile
+from tierstore.jobs.rows import Row
 from tierstore.jobs.samples import Failed, Finished
 from tierstore.jobs.settings import JobSettings
 from tierstore.jobs.workload import Workload
@@ -26,12 +29,14 @@ from tierstore.jobs.workload import Workload
 if TYPE_CHECKING:
     from tierstore.report.report import Report
 
+ENGINES = ("local", "ray")
+
 
 @dataclass(frozen=True, slots=True)
 class JobReport:
     """A job when a run of it ended. ``rows`` are all that the file has; of them ``done_rows`` are done, which includes
     the ``failed_rows``. The other numbers are of this run, as in ``Counts``. ``notes`` say how the batch was chosen,
-    ``session`` what moved; None where nothing was left to do."""
+    ``session`` what moved; None where nothing was left to do, or other processes did it."""
 
     results: Path
     errors: Path
@@ -76,12 +81,31 @@ class JobInterrupted(KeyboardInterrupt):
         self.report = report
 
 
+class Opened(Protocol):
+    """What answers a job's rows: ``OpenJob`` in this process, ``RayJob`` in others."""
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+    @property
+    def counts(self) -> Counts: ...
+    @property
+    def moved_nbytes(self) -> int: ...
+    def answer(
+        self, prompts: PromptFile, skip: Callable[[int], bool], missing: Callable[[Row], Sequence[int]]
+    ) -> Iterator[list[Finished | Failed]]: ...
+    def report(self) -> Report | None: ...
+
+
 def run(
     prompts: str | os.PathLike[str],
     results: str | os.PathLike[str],
     settings: JobSettings,
     *,
     errors: str | os.PathLike[str] | None = None,
+    engine: str = "local",
+    workers: int | None = None,
     progress: Callable[[JobProgress], object] | None = None,
     say: Callable[[str], object] | None = None,
 ) -> JobReport:
@@ -92,8 +116,15 @@ def run(
     same settings, with every row exactly once. ``progress`` is told how far it is after each pass, ``say`` how the
     batch was chosen.
 
-    Raises ``JobInterrupted`` for Ctrl-C; what ``open_job`` and the journal raise; and errors of the machine. Whatever
-    was finished before is written."""
+    The ``engine`` "ray" has ``workers`` of a Ray cluster do it, each with a model and a budget of its own: None is one
+    on each GPU, or on each machine where there is none. "local" does it in this process.
+
+    Raises ``JobInterrupted`` for Ctrl-C; what ``open_job`` or ``open_ray_job`` and the journal raise; and errors of the
+    machine. Whatever was finished before is written."""
+    if engine not in ENGINES:
+        raise BudgetError(f"engine is {engine!r}: choose one of {', '.join(ENGINES)}")
+    if workers is not None and (engine != "ray" or workers < 1):
+        raise BudgetError(f"workers is {workers}: give at least 1 with the engine ray, or leave it out")
     paths = JobPaths.checked(prompts, results, errors)
     with ExitStack() as closing:
         rows = closing.enter_context(PromptFile(prompts, settings.defaults))
@@ -105,11 +136,11 @@ def run(
         try:
             if not job.is_done():
                 workload = Workload.of(rows.rows(job.skip), rows.samples_total, settings.defaults)
-                opened = closing.enter_context(open_job(settings, workload, tokens=known))
+                opened = closing.enter_context(_open(settings, workload, known, engine, workers))
                 if say is not None:
                     say("\n".join(opened.notes))
                 if known is None:
-                    job.begin(opened.plan.tokens)
+                    job.begin(opened.tokens)
                 job.work(opened, progress)
         except KeyboardInterrupt:
             raise JobInterrupted(job.report()) from None
@@ -122,7 +153,7 @@ class _Job:
     def __init__(self, rows: PromptFile, paths: JobPaths, settings: JobSettings) -> None:
         self._rows, self._paths, self._settings = rows, paths, settings
         self._journal: Journal | None = None
-        self._opened: OpenJob | None = None
+        self._opened: Opened | None = None
         self._began = time.perf_counter()
         self._before = 0
 
@@ -152,11 +183,11 @@ class _Job:
         """Whether nothing is left to do."""
         return self._journal is not None and self._journal.done_rows == self._total
 
-    def work(self, opened: OpenJob, progress: Callable[[JobProgress], object] | None) -> None:
+    def work(self, opened: Opened, progress: Callable[[JobProgress], object] | None) -> None:
         """Answer what is left."""
         assert self._journal is not None, "begin comes first"
         self._opened, self._began = opened, time.perf_counter()
-        for some in opened.engine.answer(self._rows.rows(self.skip), self._journal.missing):
+        for some in opened.answer(self._rows, self.skip, self._journal.missing):
             with Uninterrupted():
                 self._write(self._journal, some)
             if progress is not None:
@@ -165,7 +196,7 @@ class _Job:
     def report(self) -> JobReport:
         """What was done."""
         journal, opened = self._journal, self._opened
-        counts = asdict(opened.engine.counts) if opened is not None else dict.fromkeys(_COUNTS, 0)
+        counts = asdict(opened.counts) if opened is not None else dict.fromkeys(_COUNTS, 0)
         return JobReport(
             self._paths.results,
             self._paths.errors,
@@ -175,7 +206,7 @@ class _Job:
             **counts,
             seconds=time.perf_counter() - self._began,
             notes=() if opened is None else opened.notes,
-            session=None if opened is None else opened.session.report(),
+            session=None if opened is None else opened.report(),
         )
 
     def close(self) -> None:
@@ -195,8 +226,8 @@ class _Job:
                 journal.add(each.row, _generated(each))
         journal.commit()
 
-    def _now(self, journal: Journal, opened: OpenJob) -> JobProgress:
-        counts = opened.engine.counts
+    def _now(self, journal: Journal, opened: Opened) -> JobProgress:
+        counts = opened.counts
         return JobProgress(
             done_rows=journal.done_rows,
             total_rows=self._total,
@@ -205,9 +236,19 @@ class _Job:
             prompt_tokens=counts.prompt_tokens,
             generated_tokens=counts.generated_tokens,
             passes=counts.passes,
-            moved_nbytes=opened.session.report().bytes_moved,
+            moved_nbytes=opened.moved_nbytes,
             seconds=time.perf_counter() - self._began,
         )
+
+
+def _open(
+    settings: JobSettings, workload: Workload, tokens: int | None, engine: str, workers: int | None
+) -> AbstractContextManager[Opened]:
+    if engine == "local":
+        return open_job(settings, workload, tokens=tokens)
+    from tierstore.jobs.ray_engine import open_ray_job
+
+    return open_ray_job(settings, workload, tokens=tokens, workers=workers)
 
 
 _COUNTS = ("passes", "prompt_tokens", "found_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens")
