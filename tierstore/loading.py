@@ -102,6 +102,8 @@ def load_divided(
     shared out in another way. What it raises comes out."""
     if not isinstance(budget, Budget):
         raise BudgetError(f"load takes a Budget, got {type(budget).__name__}: write Budget(hbm='4GiB', ...)")
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise DeviceError(f"dtype {dtype!r} is no dtype of torch: write one such as bfloat16, float16 or float32")
     chosen = backend or backend_for(device)
     check_budget(budget, inspect_machine(), chosen.device)
     checkpoint = _opened(

@@ -97,13 +97,18 @@ def test_interrupted_and_gone_on_with(
     assert (again.done_rows, again.passes, again.session) == (len(ROWS), 0, None)
 
 
-def test_killed_at_random_moments(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments(
+    tiny_checkpoint: Path, tmp_path: Path, alone: dict[tuple[str, int], tuple[str, int]]
+) -> None:
+    write_prompts(tmp_path)
     program = Path(__file__).with_name("job_killed.py")
     done = subprocess.run(
         [sys.executable, program, tmp_path, tiny_checkpoint, "3"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[0]) >= 2, done.stdout
+    assert texts_of(tmp_path / "results") == alone
+    assert len((tmp_path / "results.errors").read_text().splitlines()) == FAILED
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"tokens": 8}, {"chat": True}, {"kv_format": "bf16"}])
