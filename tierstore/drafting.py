@@ -21,8 +21,8 @@ PRIOR = 0.4
 """How likely a drafted token is right, before any was tried."""
 PRIOR_TOKENS = 8.0
 """What is believed of a text from the others counts as much as so many tokens that were tried in it."""
-KEPT_OF_ALL, KEPT_OF_ONE = 0.998, 0.96
-"""What is known weighs so much less with every token that is tried: of all texts, and of one."""
+KEPT_OF_KIND, KEPT_OF_TEXT = 0.998, 0.96
+"""What is known weighs so much less with every token that is tried: of all drafts of a kind, and of those in a text."""
 PROBING = 1 / 64
 """So much of the time, at most, goes to drafts that seem not to pay, so as to see when they do."""
 
@@ -51,15 +51,21 @@ class Lookup:
                     after[end] = place  # known from now on, when something follows it
                 before, self._ends[n] = end, run if place >= n else -1
 
+    @property
+    def run(self) -> int:
+        """How many tokens, at most ``LONGEST``, the text ends with that it had before: the more, the better a draft.
+        0 where there is none."""
+        return next((n for n in range(LONGEST, 0, -1) if self._ends[n - 1] in self._after[n - 1]), 0)
+
     def draft(self, most: int) -> list[int]:
         """``most`` tokens that followed where the longest run that the text ends with was last, or none.
 
         Where the text ends before there are as many, it goes on as drafted: a text that repeats itself does so."""
-        for after, end in zip(reversed(self._after), reversed(self._ends), strict=True):
-            if (place := after.get(end)) is not None:
-                period = len(self._tokens) - place
-                return [self._tokens[place + i % period] for i in range(most)]
-        return []
+        if (run := self.run) == 0:
+            return []
+        place = self._after[run - 1][self._ends[run - 1]]
+        period = len(self._tokens) - place
+        return [self._tokens[place + i % period] for i in range(most)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +96,16 @@ class PassCost:
 
 class DraftLength:
     """How many tokens to draft for each text of a batch, at most ``most``: those with which the most tokens per second
-    are expected. Learns by what was accepted. Texts are known by the numbers of their sequences."""
+    are expected. Learns by what was accepted. Texts are known by the numbers of their sequences.
+
+    Drafts of one kind, whatever the text, are taken to be about as good: with looked-up ones ``Lookup.run`` says much
+    more than the text does."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._all = _Seen(PRIOR * PRIOR_TOKENS, PRIOR_TOKENS)
-        self._seen: dict[int, _Seen] = {}
+        self._of_kind: dict[int, _Seen] = {}
+        self._of_text: dict[int, dict[int, _Seen]] = {}  # by sequence and kind
+        self._kinds: dict[int, int] = {}  # of each sequence's latest drafts
         self._unspent = 0.0
 
     def observe(self, sequence: int, drafted: int, accepted: int) -> None:
@@ -103,25 +113,34 @@ class DraftLength:
         if not 0 <= accepted <= drafted:
             raise ValueError(f"{accepted} of {drafted} drafted tokens were accepted: need 0 <= accepted <= drafted")
         tried = min(accepted + 1, drafted)  # what stood behind a wrong one says nothing
-        self._all.observe(accepted, tried, KEPT_OF_ALL)
-        self._seen.setdefault(sequence, _Seen(0.0, 0.0)).observe(accepted, tried, KEPT_OF_ONE)
+        kind = self._kinds.get(sequence, 0)
+        self._of_kind.setdefault(kind, _prior()).observe(accepted, tried, KEPT_OF_KIND)
+        seen = self._of_text.setdefault(sequence, {}).setdefault(kind, _Seen(0.0, 0.0))
+        seen.observe(accepted, tried, KEPT_OF_TEXT)
 
     def forget(self, sequence: int) -> None:
         """The sequence, which may be unknown, is gone."""
-        self._seen.pop(sequence, None)
+        self._of_text.pop(sequence, None)
+        self._kinds.pop(sequence, None)
 
     def acceptance(self, sequence: int) -> float:
-        """How likely a drafted token is right, if those before it are; above 0 and below 1."""
-        seen, prior = self._seen.get(sequence, _Seen(0.0, 0.0)), self._all.right / self._all.tried
-        return (seen.right + PRIOR_TOKENS * prior) / (seen.tried + PRIOR_TOKENS)
+        """How likely a token of its latest drafts is right, if those before it are; above 0 and below 1."""
+        kind = self._kinds.get(sequence, 0)
+        of_kind = self._of_kind.get(kind) or _prior()
+        seen = self._of_text.get(sequence, {}).get(kind) or _Seen(0.0, 0.0)
+        return (seen.right + PRIOR_TOKENS * of_kind.right / of_kind.tried) / (seen.tried + PRIOR_TOKENS)
 
-    def decide(self, cost: PassCost, tokens: int, wanted: Mapping[int, int]) -> dict[int, int]:
+    def decide(
+        self, cost: PassCost, tokens: int, wanted: Mapping[int, int], kinds: Mapping[int, int] | None = None
+    ) -> dict[int, int]:
         """How many tokens to draft for each of the sequences ``wanted``, of which so many could be had.
 
-        ``tokens`` are in the pass anyway, of prompts too. All fit into the pass. Those are none that would not make it
-        worth its longer time, but for a few now and then: what is not tried is not known."""
+        ``kinds`` are those of their drafts, 0 for the others. ``tokens`` are in the pass anyway, of prompts too. All
+        fit into the pass. Those are none that would not make it worth its longer time, but for a few now and then: what
+        is not tried is not known."""
         gains: list[tuple[float, int, int]] = []
         for sequence, most in wanted.items():
+            self._kinds[sequence] = kinds.get(sequence, 0) if kinds else 0
             acceptance, gain = self.acceptance(sequence), 1.0
             for nth in range(min(most, self._most)):
                 gain *= acceptance
@@ -134,8 +153,8 @@ class DraftLength:
         for _, _, sequence in chosen:
             lengths[sequence] += 1
         for sequence, length in lengths.items():
-            if length == 0 and sequence in self._seen:
-                self._seen[sequence].fade(KEPT_OF_ONE)  # until it is like the others, and tried again if they are
+            if length == 0 and (seen := self._of_text.get(sequence, {}).get(self._kinds[sequence])):
+                seen.fade(KEPT_OF_TEXT)  # until it is like the others, and tried again if they are
         return lengths
 
     def _probe(self, cost: PassCost, tokens: int, gains: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
@@ -163,6 +182,10 @@ class _Seen:
 
     def fade(self, kept: float) -> None:
         self.right, self.tried = self.right * kept, self.tried * kept
+
+
+def _prior() -> _Seen:
+    return _Seen(PRIOR * PRIOR_TOKENS, PRIOR_TOKENS)
 
 
 def _best(cost: PassCost, tokens: int, gains: list[tuple[float, int, int]]) -> int:

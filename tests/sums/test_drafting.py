@@ -18,15 +18,15 @@ BOUND_BY_TRANSFER = PassCost(16, 8, compute_seconds=0.1, transfer_seconds=10.0)
 BOUND_BY_COMPUTE = PassCost(16, 8, compute_seconds=1.0, transfer_seconds=0.1)
 
 
-def found_by_looking(tokens: list[int], most: int) -> list[int]:
+def found_by_looking(tokens: list[int], most: int) -> tuple[int, list[int]]:
     for n in range(min(LONGEST, len(tokens) - 1), 0, -1):
         for start in range(len(tokens) - n - 1, -1, -1):
             if tokens[start : start + n] == tokens[-n:]:
                 text = tokens[:]
                 while len(text) < len(tokens) + most:
                     text.append(text[start + n + len(text) - len(tokens)])
-                return text[len(tokens) :]
-    return []
+                return n, text[len(tokens) :]
+    return 0, []
 
 
 @given(pieces=st.lists(FEW_TOKENS, max_size=4), most=st.integers(0, 9))
@@ -36,7 +36,7 @@ def test_the_longest_run_where_it_was_last(pieces: list[list[int]], most: int) -
     for piece in pieces:
         lookup.extend(piece)
         tokens += piece
-        assert lookup.draft(most) == found_by_looking(tokens, most)
+        assert (lookup.run, lookup.draft(most)) == found_by_looking(tokens, most)
 
 
 def test_any_token_and_no_others() -> None:
@@ -161,6 +161,16 @@ def test_a_text_that_copies_is_drafted_for_before_others() -> None:
     assert length.decide(cost, 4, {0: 4, 1: 4}) == {0: 4, 1: 0}
     length.forget(0)
     assert length.decide(cost, 4, {0: 1, 1: 4}) == {0: 1, 1: 3}
+
+
+def test_what_was_right_of_one_kind_says_nothing_of_another() -> None:
+    length, cost = DraftLength(4), PassCost(8, 1, compute_seconds=1.0, transfer_seconds=0.0)
+    for _ in range(10):
+        for kind, accepted in ((3, 4), (1, 0)):
+            length.decide(cost, 4, {0: 4}, {0: kind})
+            length.observe(0, 4, accepted)
+    assert length.decide(cost, 4, {7: 4, 8: 4}, {7: 1, 8: 3}) == {7: 0, 8: 4}, "of texts that are new, too"
+    assert length.acceptance(7) < length.acceptance(8)
 
 
 def test_what_cannot_be() -> None:
