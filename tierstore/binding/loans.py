@@ -192,10 +192,14 @@ class Loans:
             self.prefetcher.spoil(unit)
             raise
 
+    def has_rows(self, block: str) -> bool:
+        """Whether single rows of the block are read, as a table's, where an operation needs no more."""
+        return self._nbytes[block] >= LOOKED_UP_FROM and self._rows.can_read_rows(block)
+
     def lookup(self, block: str, meta: Tensor, indices: Tensor) -> tuple[Tensor, Tensor] | None:
         if meta.dim() != 2 or not meta.is_contiguous() or meta.storage_offset() or not indices.numel():
             return None
-        if self._nbytes[block] < LOOKED_UP_FROM or not self._rows.can_read_rows(block):
+        if not self.has_rows(block):
             return None
         if self.prefetcher.holds(self._unit_of[block]):
             return None
