@@ -301,7 +301,7 @@ def test_ties_are_those_of_the_checkpoint(tied: bool, tmp_path: Path) -> None:
         assert ("lm_head.weight" in model.all_tied_weights_keys) is tied
         have = run(model)
     want = run(plain_model(checkpoint, out))
-    assert float((have - want).norm() / want.norm()) < 0.01
+    assert float((have - want).norm() / want.norm()) < 0.02  # compiled products round their input
 
 
 def test_dtype_is_the_one_that_was_packed(tmp_path: Path, make: Make, opened: Any) -> None:
