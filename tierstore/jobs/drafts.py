@@ -21,6 +21,10 @@ class Drafter(Protocol):
         """How many tokens it could suggest for ``sample``, as it is now."""
         ...
 
+    def kind(self, sample: Sample) -> int:
+        """Of what it would suggest for ``sample``: suggestions of a kind are about as good, whatever the text."""
+        ...
+
     def draft(self, wanted: Mapping[Sample, int]) -> Mapping[Sample, list[int]]:
         """Up to so many tokens for each of ``wanted``, as they are now."""
         ...
@@ -41,7 +45,11 @@ class LookupDrafter:
         lookup, known = self._texts.get(sample.sequence) or (Lookup(sample.request.prompt), 0)
         lookup.extend(sample.tokens[known:])
         self._texts[sample.sequence] = lookup, len(sample.tokens)
-        return MOST if lookup.draft(1) else 0
+        return MOST if lookup.run else 0
+
+    def kind(self, sample: Sample) -> int:
+        """How many tokens in a row were found, for a text whose ``available`` was asked for just now."""
+        return self._texts[sample.sequence][0].run
 
     def draft(self, wanted: Mapping[Sample, int]) -> Mapping[Sample, list[int]]:
         """For texts whose ``available`` was asked for just now."""
@@ -66,16 +74,18 @@ class Drafting:
     def propose(self, samples: Collection[Sample], prompt_tokens: int) -> None:
         """Set ``drafted`` of ``samples``, which go on in the next pass, as room is beside ``prompt_tokens``."""
         able: dict[int, int] = {}
+        kinds: dict[int, int] = {}
         for sample in samples:
             sample.drafted = []
             left = sample.request.row.sampling.max_new_tokens - len(sample.tokens) - 1  # one comes without drafts
             if left > 0 and (available := self._drafter.available(sample)):
                 able[sample.sequence] = min(left, available)
+                kinds[sample.sequence] = self._drafter.kind(sample)
         room = self._cost.tokens * self._cost.micro_batches - len(samples) - prompt_tokens
         if not able or room <= 0:
             return
         if not self._always:
-            able = self._length.decide(self._cost, len(samples) + prompt_tokens, able)
+            able = self._length.decide(self._cost, len(samples) + prompt_tokens, able, kinds)
         wanted = {sample: able[sample.sequence] for sample in samples if able.get(sample.sequence)}
         if not wanted:
             return
