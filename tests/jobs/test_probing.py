@@ -44,6 +44,8 @@ class Fake:
     waited: float = 0.0
     held: set[int] = field(default_factory=set)
     passes: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    shapes: list[list[int]] = field(default_factory=list)
+    number: int = 0
 
     @property
     def plan(self) -> Plan:
@@ -53,21 +55,22 @@ class Fake:
         return replace(REPORT, stall_seconds={"a": self.waited / 2, "b": self.waited / 2})
 
     def add(self, tokens: Sequence[int]) -> tuple[int, int]:
-        self.held.add(len(self.passes))
-        return len(self.passes), 0
+        self.number += 1
+        self.held.add(self.number)
+        return self.number, 0
 
     def remove(self, sequence: int) -> None:
         self.held.remove(sequence)
 
     def step(self, slices: Sequence[Slice]) -> None:
-        (given,) = slices
-        assert given.sequence in self.held
-        assert given.prompt
+        assert {given.sequence for given in slices} == self.held
+        assert [given.prompt for given in slices] == [True] + [False] * (len(slices) - 1)
         compute = self.compute(self.tokens) + self.noise[len(self.passes) % len(self.noise)]
         first = 0.0 if self.passes else 5.0
         self.waited += max(0.0, self.transfer - compute)
         self.now += max(compute, self.transfer) + first
-        self.passes.append((self.tokens, given.tokens))
+        self.shapes.append([len(given.tokens) for given in slices])
+        self.passes.append((self.tokens, tuple(token for given in slices for token in given.tokens)))
 
     def probe(self, sizes: Sequence[int], *, positions: int | None = None) -> tuple[dict[int, float], float]:
         costs = probe(self, self, sizes, vocabulary=50, positions=positions, clock=lambda: self.now)
@@ -78,23 +81,41 @@ class Fake:
 
 
 def test_lines_are_found_exactly() -> None:
-    found, transfer = Fake(lambda tokens: 1 + tokens / 64).probe([128, 8, 16, 32, 64])
-    assert found == pytest.approx({8: 1.125, 16: 1.25, 32: 1.5, 64: 2.0, 128: 3.0})
+    fake = Fake(lambda tokens: 0.1 + tokens / 640)
+    found, transfer = fake.probe([128, 8, 16, 32, 64])
+    assert found == pytest.approx({8: 0.1125, 16: 0.125, 32: 0.15, 64: 0.2, 128: 0.3})
+    assert [tokens for tokens, _ in fake.passes] == [8, 8, 32, 128, 32, 128]
     assert transfer == 0
 
 
 def test_the_faster_of_two_passes_counts() -> None:
-    disturbed = Fake(lambda tokens: 1 + tokens / 64, noise=(0.0, 0.0, 3.0, 3.0, 0.0, 0.0))
-    assert disturbed.probe([8, 32, 128])[0] == pytest.approx({8: 1.125, 32: 1.5, 128: 3.0})
+    disturbed = Fake(lambda tokens: 0.1 + tokens / 640, noise=(0.0, 0.0, 0.1, 0.2, 0.0, 0.0))
+    assert disturbed.probe([8, 32, 128])[0] == pytest.approx({8: 0.1125, 32: 0.15, 128: 0.3})
+
+
+def test_long_passes_are_made_once_but_where_they_surprise() -> None:
+    fake = Fake(lambda tokens: 1 + tokens / 64, noise=(0.0, 0.0, 9.0, 0.0, 0.0))
+    assert fake.probe([8, 32, 128])[0] == pytest.approx({8: 1.125, 32: 1.5, 128: 3.0})
+    assert [tokens for tokens, _ in fake.passes] == [8, 8, 32, 128, 32]
+
+
+@pytest.mark.parametrize(("generated", "single"), [(0.0, 0), (0.5, 16), (1.0, 31)])
+def test_tokens_are_of_a_prompt_and_of_many_sequences(generated: float, single: int) -> None:
+    fake = Fake(lambda tokens: 1.0)
+    probe(fake, fake, [32], vocabulary=50, generated=generated, clock=lambda: fake.now)
+    assert fake.shapes == [[32 - single, *[1] * single]] * 2
+    small = Fake(lambda tokens: 1.0, capacity=Capacity(64, 1000, 5))
+    probe(small, small, [32], vocabulary=50, generated=1.0, clock=lambda: small.now)
+    assert small.shapes[0] == [28, 1, 1, 1, 1], "each has a page open"
 
 
 def test_a_pass_that_streams_is_made_four_times() -> None:
-    fake = Fake(lambda tokens: tokens / 64, transfer=10.0)
+    fake = Fake(lambda tokens: 1 + tokens / 64, transfer=10.0)
     found, transfer = fake.probe([8, 16, 32, 64, 128])
     assert [tokens for tokens, _ in fake.passes] == [8, 8, 32, 128]
     assert [len(prompt) for _, prompt in fake.passes] == [8, 8, 32, 128]
     assert len(set(fake.passes[-1][1])) > 10, "tokens differ, as experts are chosen by them"
-    assert found == pytest.approx({8: 0.125, 16: 0.25, 32: 0.5, 64: 1.0, 128: 2.0})
+    assert found == pytest.approx({8: 1.125, 16: 1.25, 32: 1.5, 64: 2.0, 128: 3.0})
     assert transfer == 10.0
 
 
@@ -108,8 +129,8 @@ def test_more_tokens_never_seem_to_take_less() -> None:
 
 
 def test_sizes_that_cannot_be_are_left_out() -> None:
-    assert list(Fake(float).probe([8, 64, 128], positions=100)[0]) == [8, 64]
-    small = Fake(float, capacity=Capacity(4, 1000, 2))
+    assert list(Fake(lambda tokens: 1.0).probe([8, 64, 128], positions=100)[0]) == [8, 64]
+    small = Fake(lambda tokens: 1.0, capacity=Capacity(4, 1000, 2))
     assert list(small.probe([32, 64])[0]) == [32]
     assert {len(prompt) for _, prompt in small.passes} == {8}
 

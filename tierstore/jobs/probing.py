@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tierstore.batch_plan import BatchCosts
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from tierstore.report.report import Report
 
 _STRIDE = 7919  # a prime: neighbouring tokens differ, as they should where they choose experts
+_LONG = 1.0  # seconds of a pass that need not be measured twice
 _WAITED = 0.1  # a pass that waited for so much of its time took as long as its weights did
 
 
@@ -45,25 +47,29 @@ def probe(
     *,
     vocabulary: int,
     positions: int | None = None,
+    generated: float = 0.5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> BatchCosts:
     """Seconds of a micro-batch of each of ``sizes`` tokens, and of the weights of a pass.
 
-    Three sizes are measured, each by a prompt of as many tokens that is gone afterwards; those between them are taken
-    to lie on lines. The smallest has two passes, as the first one brings what stays; where nothing streams all have
-    two, and the faster one counts. Sizes of more tokens than ``positions``, or than pages hold, are left out, but for
-    the smallest, which then has a shorter prompt. ``clock`` gives seconds. Raises what the model raises.
+    Three sizes are measured, by sequences that are gone afterwards: a share of ``generated`` tokens are each of a
+    sequence of its own, and a prompt has the others. Sizes between these are taken to lie on lines. The smallest has
+    two passes, as the first one brings what stays. So has one whose tokens seem to be no cheaper than those of a
+    smaller one, and where nothing streams every short one; the faster pass counts. Sizes of more tokens than
+    ``positions``, or than pages hold, are left out, but for the smallest, which is then padded. ``clock`` gives
+    seconds. Raises what the model raises.
     """
     sizes = sorted(set(sizes))
-    longest = _longest_prompt(model.capacity, positions)
-    sizes = [size for size in sizes if size <= longest] or sizes[:1]
+    most = _most_tokens(model.capacity, positions)
+    sizes = [size for size in sizes if size <= most] or sizes[:1]
     few = sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]})
     seconds: dict[int, float] = {}
     passes: list[tuple[float, float]] = []
 
     def measure(size: int) -> None:
-        prompt = [number * _STRIDE % vocabulary for number in range(min(size, longest))]
-        passes.append(_time_pass(model, session, size, prompt, clock))
+        model.tokens = size
+        tokens = [number * _STRIDE % vocabulary for number in range(min(size, most))]
+        passes.append(_time_pass(model, session, _divide(tokens, generated, model.capacity), clock))
         compute = max(passes[-1][0] - passes[-1][1], 1e-9)
         seconds[size] = min(compute, seconds.get(size, compute))
 
@@ -71,34 +77,47 @@ def probe(
     try:
         for size in (few[0], *few):
             measure(size)
-        if not session.plan.streamed_nbytes:
-            for size in few[1:]:
+        short = 0.0 if session.plan.streamed_nbytes else _LONG
+        for smaller, size in pairwise(few):
+            if seconds[size] < short or seconds[size] / size >= seconds[smaller] / smaller:
                 measure(size)
     finally:
         model.tokens = before
     return BatchCosts(_table(sizes, seconds), _transfer_seconds(session.plan, passes[1:]))
 
 
-def _longest_prompt(capacity: Capacity, positions: int | None) -> int:
+def _most_tokens(capacity: Capacity, positions: int | None) -> int:
     """Tokens of a prompt that one pass can take."""
     most = min(capacity.pages, max(1, capacity.open_pages)) * capacity.page_tokens
     return most if positions is None else min(most, positions)
 
 
+def _divide(tokens: Sequence[int], generated: float, capacity: Capacity) -> list[tuple[int, ...]]:
+    """Sequences of one token each, as far as each can have a page open, and one prompt of what is left."""
+    most = min(capacity.pages, capacity.open_pages) - -(-len(tokens) // capacity.page_tokens)
+    single = max(0, min(int(len(tokens) * generated), len(tokens) - 1, most))
+    return [tuple(tokens[single:]), *((token,) for token in tokens[:single])]
+
+
 def _time_pass(
-    model: Model, session: Measured, size: int, prompt: Sequence[int], clock: Callable[[], float]
+    model: Model, session: Measured, sequences: Sequence[tuple[int, ...]], clock: Callable[[], float]
 ) -> tuple[float, float]:
-    """Seconds of a pass of one micro-batch, and how many of them compute waited for weights."""
-    model.tokens = size
-    sequence, found = model.add(prompt)
+    """Seconds of a pass, and how many of them compute waited for weights. The first of ``sequences`` is a prompt."""
+    held = []
     try:
+        slices = []
+        for number, tokens in enumerate(sequences):
+            sequence, found = model.add(tokens)
+            held.append(sequence)
+            slices.append(Slice(sequence, tokens[found:], 1, prompt=not number))
         waited = sum(session.report().stall_seconds.values())
         began = clock()
-        model.step([Slice(sequence, tuple(prompt[found:]), 1, True)])
+        model.step(slices)
         seconds = clock() - began
         return seconds, sum(session.report().stall_seconds.values()) - waited
     finally:
-        model.remove(sequence)
+        for sequence in held:
+            model.remove(sequence)
 
 
 def _transfer_seconds(plan: Plan, passes: Sequence[tuple[float, float]]) -> float:
