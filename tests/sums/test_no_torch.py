@@ -10,6 +10,7 @@ import sys
 for name in ("torch", "numpy", "zarr", "transformers"):
     sys.modules[name] = None
 import tierstore
+import tierstore.batch_plan, tierstore.batch_schedule
 import tierstore.arena, tierstore.contracts, tierstore.events, tierstore.extents, tierstore.ledger, tierstore.moves
 import tierstore.order, tierstore.page_plan, tierstore.pages, tierstore.simulate, tierstore.slots, tierstore.tensors
 from tierstore.plan import Links, build_plan
