@@ -23,8 +23,11 @@ def capacity_of(plans: Sequence[KindPlan]) -> Capacity:
 
 
 def _open_pages(plan: KindPlan) -> int:
-    """Pages whose frames fit HBM together, beside a run of each layer that is going down, and one page to spare."""
+    """Pages whose frames fit HBM together, beside a run of each layer that is going down, and one page to spare.
+
+    A sequence counts for one: where its recent tokens stay unpacked, there are fewer, as it has more of them open."""
     layers, kind = len(plan.kind.layers), plan.kind
     spilling = layers * plan.run_cells if plan.ram_frames or plan.nvme_slots else 0
     frames = layers * plan.open.frames + (0 if kind.plain else 1)
-    return max((plan.frames - spilling) // frames - 1, kind.sequence_open_pages)
+    fitting = max((plan.frames - spilling) // frames - 1, kind.sequence_open_pages)
+    return max(fitting // (1 + -(-kind.recent_tokens // kind.page_tokens)), 1)
