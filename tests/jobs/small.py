@@ -40,9 +40,9 @@ def settings_of(checkpoint: Path, **change: Any) -> JobSettings:
     return JobSettings(model=checkpoint, **given | change)
 
 
-def texts_of(results: Path) -> dict[tuple[str, int], tuple[str, int]]:
+def texts_of(results: Path) -> dict[tuple[Any, int], tuple[str, int]]:
     """Text and seed of each sample. Fails where one is there twice."""
-    found: dict[tuple[str, int], tuple[str, int]] = {}
+    found: dict[tuple[Any, int], tuple[str, int]] = {}
     for line in results.read_text().splitlines():
         table = json.loads(line)
         if "custom_id" in table:

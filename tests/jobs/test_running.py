@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
+from tests.jobs.made import write_rows
 from tests.jobs.small import FAILED, ROWS, TEXTS, settings_of, texts_of, write_prompts
 from tierstore.budget import Budget
-from tierstore.errors import CheckpointError, DeviceError, StoreMismatchError
+from tierstore.errors import CheckpointError, DeviceError, ModuleError, StoreMismatchError
 from tierstore.jobs import JobInterrupted, JobProgress, Result, run, stream
 
 
@@ -35,7 +37,7 @@ def greedy(tiny_checkpoint: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[str, int]]:
+def alone(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, int], tuple[str, int]]:
     """What a job that nobody disturbs says."""
     folder = tmp_path_factory.mktemp("alone")
     said: list[str] = []
@@ -56,7 +58,7 @@ def alone(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 def test_greedy_texts_are_those_of_the_plain_model(
-    alone: dict[tuple[str, int], tuple[str, int]], greedy: dict[str, str]
+    alone: dict[tuple[Any, int], tuple[str, int]], greedy: dict[str, str]
 ) -> None:
     assert {id: alone[id, 0][0] for id in greedy} == greedy
 
@@ -67,14 +69,14 @@ def test_greedy_texts_are_those_of_the_plain_model(
     ids=["one at a time", "all in memory"],
 )
 def test_texts_do_not_depend_on_the_batch(
-    tiny_checkpoint: Path, tmp_path: Path, alone: dict[tuple[str, int], tuple[str, int]], change: dict[str, Any]
+    tiny_checkpoint: Path, tmp_path: Path, alone: dict[tuple[Any, int], tuple[str, int]], change: dict[str, Any]
 ) -> None:
     run(write_prompts(tmp_path), tmp_path / "results", settings_of(tiny_checkpoint, **change))
     assert texts_of(tmp_path / "results") == alone
 
 
 def test_interrupted_and_gone_on_with(
-    tiny_checkpoint: Path, tmp_path: Path, alone: dict[tuple[str, int], tuple[str, int]]
+    tiny_checkpoint: Path, tmp_path: Path, alone: dict[tuple[Any, int], tuple[str, int]]
 ) -> None:
     prompts, results = write_prompts(tmp_path), tmp_path / "results"
     shown: list[JobProgress] = []
@@ -98,7 +100,7 @@ def test_interrupted_and_gone_on_with(
 
 
 def test_killed_at_random_moments(
-    tiny_checkpoint: Path, tmp_path: Path, alone: dict[tuple[str, int], tuple[str, int]]
+    tiny_checkpoint: Path, tmp_path: Path, alone: dict[tuple[Any, int], tuple[str, int]]
 ) -> None:
     write_prompts(tmp_path)
     program = Path(__file__).with_name("job_killed.py")
@@ -143,7 +145,7 @@ def test_no_checkpoint(tmp_path: Path) -> None:
 
 
 async def test_streamed_rows_say_the_same(
-    tiny_checkpoint: Path, tmp_path: Path, alone: dict[tuple[str, int], tuple[str, int]]
+    tiny_checkpoint: Path, tmp_path: Path, alone: dict[tuple[Any, int], tuple[str, int]]
 ) -> None:
     def check(results: list[Result]) -> None:
         texts = {(str(each.id), each.index): (each.text, each.seed) for each in results if each.error is None}
@@ -153,3 +155,45 @@ async def test_streamed_rows_say_the_same(
     settings = settings_of(tiny_checkpoint)
     check([result async for result in stream(ROWS, settings)])
     check([result async for result in stream(write_prompts(tmp_path), settings)])
+
+
+@pytest.fixture(scope="module")
+def recurrent(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that keeps a state of each text, not keys and values."""
+    folder = tmp_path_factory.mktemp("recurrent")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    tokenizer.save_pretrained(folder)
+    end = tokenizer.eos_token_id
+    ids = {"eos_token_id": end, "bos_token_id": end, "pad_token_id": end}
+    torch.manual_seed(0)
+    MambaForCausalLM(
+        MambaConfig(vocab_size=len(tokenizer), hidden_size=64, state_size=8, num_hidden_layers=2, **ids)
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_texts_by_themselves(recurrent: Path, tmp_path: Path) -> None:
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Say {n}.", "n": n} for n in (1, 2, 1, 3)])
+    for name, sequences in (("one", 1), ("many", None)):
+        said: list[str] = []
+        settings = settings_of(recurrent, budget=Budget("512KiB"), tokens=None, sequences=sequences)
+        report = run(prompts, tmp_path / name, settings, say=said.append)
+        assert "each text is computed by itself" in said[0]
+        assert report.session is not None
+        assert report.session.bytes_moved > report.passes * 1000  # it streams
+    texts = texts_of(tmp_path / "many")
+    assert len(texts) == 7
+    assert texts_of(tmp_path / "one") == texts
+    model: Any = AutoModelForCausalLM.from_pretrained(recurrent)
+    tokenizer: Any = AutoTokenizer.from_pretrained(recurrent)
+    inputs = tokenizer("Say 1.", return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert texts[1, 0][0] == tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("change", [{"speculate": "lookup"}, {"kv_format": "int8"}, {"draft": "elsewhere"}])
+def test_what_a_model_cannot_do_is_an_error(recurrent: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    settings = settings_of(recurrent, budget=Budget("512KiB"), tokens=None, **change)
+    with pytest.raises((ModuleError, DeviceError)):
+        run(write_prompts(tmp_path), tmp_path / "results", settings)
+    assert not (tmp_path / "results").exists()

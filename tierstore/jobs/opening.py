@@ -5,21 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tierstore.backends import Backend
-from tierstore.batch_plan import CPU_TOKENS, CUDA_TOKENS, BatchCosts, BatchPlan, BatchRoom, KvTier, build_batch_plan
-from tierstore.batch_schedule import Limits
+from tierstore.batch_plan import BatchPlan
 from tierstore.budget import Budget
-from tierstore.composing import TYPICAL_LINKS
-from tierstore.drafting import PassCost
 from tierstore.errors import CheckpointError, DeviceError, ModuleError
 from tierstore.jobs.drafts import Drafting, LookupDrafter
 from tierstore.jobs.encoding import Encoder, end_tokens
 from tierstore.jobs.engine import Counts, Engine
-from tierstore.jobs.probing import probe
+from tierstore.jobs.models import Prepared, divide_alone, prepare_alone, prepare_side_by_side
 from tierstore.jobs.prompts import PromptFile
 from tierstore.jobs.rows import Row
 from tierstore.jobs.samples import Failed, Finished
@@ -29,27 +26,23 @@ from tierstore.jobs.workload import Workload
 from tierstore.loading import load_divided
 
 if TYPE_CHECKING:
-    from tierstore.hf.batch.slices import Capacity
     from tierstore.hf.checkpoint import Checkpoint
-    from tierstore.hf.kv.memory import KvMemory
     from tierstore.report.report import Report
     from tierstore.session import Session
+
+MAY_DEPEND = "the last bits of a text's logits may depend on its batch"
 
 
 @dataclass(frozen=True)
 class OpenJob:
-    """``engine`` answers rows with the model in ``session``, in batches as in ``plan``. ``notes`` say what was decided,
-    and why."""
+    """``engine`` answers rows with the model in ``session``, in batches as in ``plan``; micro-batches have ``tokens``.
+    ``notes`` say what was decided, and why."""
 
     engine: Engine
     session: Session
     plan: BatchPlan
+    tokens: int
     notes: tuple[str, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Of a micro-batch."""
-        return self.plan.tokens
 
     @property
     def counts(self) -> Counts:
@@ -101,13 +94,12 @@ class _Opening:
     def __init__(self, settings: JobSettings, workload: Workload) -> None:
         self._settings, self._workload = settings, workload
         self._notes: list[str] = []
-        self._why_alone = ""
 
     def divide(self, checkpoint: Checkpoint, backend: Backend) -> Budget:
         """The budget, with bytes for a KV cache in pages where the user gave it none and the model can use one."""
         from tierstore.hf.batch.support import why_not_tokens
         from tierstore.hf.kv.memory import PAGE_TOKENS, page_kinds
-        from tierstore.hf.kv.shapes import dtype_of, layers_of
+        from tierstore.hf.kv.shapes import WITHOUT, dtype_of, layers_of
         from tierstore.hf.tokenizer import load_tokenizer
         from tierstore.kvformats.named import kv_format
 
@@ -118,90 +110,76 @@ class _Opening:
         self._encoder = Encoder(tokenizer, text.vocab_size, settings.chat)
         if settings.chat and getattr(tokenizer, "chat_template", None) is None:
             raise CheckpointError(f"chat is asked for, and the tokenizer of {checkpoint.path} has no chat template")
-        self._unified = backend.engine.unified
         self._ends = end_tokens(module, tokenizer)
         self._positions: int | None = getattr(text, "max_position_embeddings", None)
+        self._unified = backend.engine.unified
         self._job, longest = self._workload.measure(self._encoder, PAGE_TOKENS, self._positions)
-        self._why_alone = why_not_tokens(module)
-        budget = settings.budget
-        if budget.kv_hbm or self._why_alone:
-            return budget
-        dtype = dtype_of(module)
-        kinds = page_kinds(layers_of(module), dtype, kv_format(settings.kv_format, dtype))
-        needs = KvNeeds(
-            kinds,
-            self._job.sequences if settings.sequences is None else min(self._job.sequences, settings.sequences),
-            self._job.prompt_tokens + self._job.new_tokens,
-            longest,
-            sum(piece.extent.nbytes for pieces in checkpoint.pieces.values() for piece in pieces),
-        )
-        split = split_budget(needs, budget.hbm, budget.ram, budget.kv_nvme, unified=backend.engine.unified)
-        self._notes.append(split.reason)
-        return Budget(
-            split.hbm, split.ram, budget.nvme, kv_hbm=split.kv_hbm, kv_ram=split.kv_ram, kv_nvme=budget.kv_nvme
-        )
+        self._alone = why_not_tokens(module)
+        budget, form = settings.budget, settings.kv_format
+        sequences = min(self._job.sequences, settings.sequences or self._job.sequences)
+        if self._alone:
+            why = self._alone.removesuffix(f": {WITHOUT}")
+            self._notes.append(f"each text is computed by itself, in a call of its own: {why}")
+            budget, self._kv_nbytes, reason = divide_alone(
+                budget, module, self._job, longest, sequences=sequences, kv_format=form
+            )
+            self._notes.append(reason)
+        elif not budget.kv_hbm:
+            kinds = page_kinds(layers_of(module), dtype_of(module), kv_format(form, dtype_of(module)))
+            nbytes = sum(piece.extent.nbytes for pieces in checkpoint.pieces.values() for piece in pieces)
+            tokens = self._job.prompt_tokens + self._job.new_tokens
+            needs = KvNeeds(kinds, sequences, tokens, longest, nbytes)
+            split = split_budget(needs, budget.hbm, budget.ram, budget.kv_nvme, unified=self._unified)
+            self._notes.append(split.reason)
+            kv: Any = {"kv_hbm": split.kv_hbm, "kv_ram": split.kv_ram, "kv_nvme": budget.kv_nvme}
+            budget = Budget(split.hbm, split.ram, budget.nvme, **kv)
+        return budget
 
     def finish(self, session: Session, tokens: int | None) -> OpenJob:
         """The job in ``session``, with micro-batches of ``tokens`` tokens, or as many as are fastest."""
-        from tierstore.hf.batch.support import why_not_exact
-        from tierstore.hf.batch.tokens import TokenModel
-
-        settings = self._settings
-        if self._why_alone:
-            raise ModuleError(self._why_alone)
-        memory = session.kv.memory
-        sizes = (tokens,) if tokens is not None else CPU_TOKENS if memory.device.type == "cpu" else CUDA_TOKENS
-        model = TokenModel(session.module, memory, session.together, tokens=sizes[0])
-        costs = probe(model, session, sizes, vocabulary=self._encoder.vocabulary, positions=self._positions)
-        room = BatchRoom(
-            model.capacity.page_tokens, model.capacity.open_pages, _tiers(memory, model.capacity, self._unified)
-        )
-        plan = build_batch_plan(costs, self._job, room)
-        model.tokens = plan.tokens
+        settings, known = self._settings, self._encoder.vocabulary
+        if self._alone:
+            ready = prepare_alone(
+                session, self._job, tokens, self._kv_nbytes, vocabulary=known, positions=self._positions
+            )
+        else:
+            sizes = None if tokens is None else (tokens,)
+            ready = prepare_side_by_side(
+                session, self._job, sizes, vocabulary=known, positions=self._positions, unified=self._unified
+            )
         engine = Engine(
-            model,
+            ready.model,
             self._encoder,
-            limits=Limits(
-                plan.tokens,
-                plan.micro_batches,
-                min(plan.sequences, settings.sequences or plan.sequences),
-                model.capacity.page_tokens,
-                model.capacity.pages,
-                model.capacity.open_pages,
-            ),
+            limits=replace(ready.limits, sequences=min(ready.limits.sequences, settings.sequences or 1 << 40)),
             ends=self._ends,
             positions=self._positions,
             seed=settings.seed,
-            drafting=self._drafting(costs, plan),
+            drafting=self._drafting(ready),
+            shares=ready.shares,
         )
-        if why := why_not_exact(session.module):
-            self._notes.append(f"a text may depend, in the last bits of its logits, on others of its batch: {why}")
-        return OpenJob(engine, session, plan, (*self._notes, *plan.explain().splitlines()))
+        self._notes += [f"{MAY_DEPEND}: {why}" for why in self._inexact(session, ready)]
+        return OpenJob(engine, session, ready.plan, ready.tokens, (*self._notes, *ready.why.splitlines()))
 
-    def _drafting(self, costs: BatchCosts, plan: BatchPlan) -> Drafting | None:
-        if self._settings.speculate == "off":
+    def _drafting(self, ready: Prepared) -> Drafting | None:
+        speculate = self._settings.speculate
+        if speculate == "off" or (speculate == "auto" and not ready.exact):
             return None
-        cost = PassCost(
-            plan.tokens,
-            plan.micro_batches,
-            costs.compute_seconds[plan.tokens],
-            costs.transfer_seconds,
-            costs.overhead_seconds,
-        )
-        return Drafting(LookupDrafter(), cost, always=self._settings.speculate == "lookup")
+        if not ready.speculates:
+            raise ModuleError(
+                "speculate is 'lookup', and drafted tokens cannot be taken back from what this model keeps of a text: "
+                "choose 'auto' or 'off'"
+            )
+        return Drafting(LookupDrafter(), ready.cost, always=speculate == "lookup")
 
+    def _inexact(self, session: Session, ready: Prepared) -> Iterator[str]:
+        from tierstore.hf.batch.support import why_not_exact
 
-def _tiers(memory: KvMemory, capacity: Capacity, unified: bool) -> list[KvTier]:
-    """The pages of the kind of layers that has the fewest, and what those that are not read in place take."""
-    plans = memory.plan.kinds
-    nbytes = sum(plan.kind.page_nbytes for plan in plans)
-    hbm, ram, nvme = next(plan.tier_pages for plan in plans if plan.pages == capacity.pages)
-    slow = 0.0 if unified else nbytes / TYPICAL_LINKS.ram_bytes_per_second
-    return [
-        KvTier(hbm),
-        KvTier(ram, slow),
-        KvTier(nvme, nbytes / TYPICAL_LINKS.nvme_bytes_per_second),
-    ]
+        if why := why_not_exact(session.module):
+            yield why
+        if self._settings.kv_format is not None:
+            yield "pages of the KV cache are rounded when they are full, which is sooner or later"
+        if self._settings.speculate == "lookup" and not ready.exact:
+            yield "products of one token add up in another order than those of several drafted ones"
 
 
 def model_facts(model: str | os.PathLike[str]) -> dict[str, Any]:

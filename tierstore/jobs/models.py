@@ -1,0 +1,177 @@
+"""What a job computes with: tokens of all texts side by side where the model can, or each text by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from tierstore.batch_plan import CPU_TOKENS, CUDA_TOKENS, BatchJob, BatchPlan, BatchRoom, KvTier, build_batch_plan
+from tierstore.batch_schedule import Limits
+from tierstore.budget import Budget, format_nbytes
+from tierstore.composing import TYPICAL_LINKS
+from tierstore.drafting import PassCost
+from tierstore.errors import ModuleError
+from tierstore.jobs.engine import Model
+from tierstore.jobs.probing import probe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tierstore.hf.batch.slices import Capacity
+    from tierstore.hf.kv.memory import KvMemory
+    from tierstore.session import Session
+
+PROMPT_TOKENS = 128
+"""Tokens of a prompt that go through the model at once, where each text is computed by itself."""
+ALONE_PART = 4
+"""The caches of such texts take up to one part in so many of hbm: half where the longest needs it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """``model`` in passes of micro-batches of ``tokens``, within ``limits``; ``cost`` is what a pass takes. Texts
+    ``share`` what their prompts begin with. ``exact`` says whether drafted tokens leave every bit of others alone,
+    ``why`` how the batch was chosen, in words."""
+
+    model: Model
+    tokens: int
+    plan: BatchPlan
+    limits: Limits
+    cost: PassCost
+    shares: bool
+    exact: bool
+    speculates: bool
+    why: str
+
+
+def prepare_side_by_side(
+    session: Session,
+    job: BatchJob,
+    sizes: Sequence[int] | None,
+    *,
+    vocabulary: int,
+    positions: int | None,
+    unified: bool,
+) -> Prepared:
+    """Tokens of all texts side by side, over the pages of the session's KV cache. ``sizes`` of micro-batches to choose
+    from are the usual ones for None."""
+    from tierstore.hf.batch.tokens import TokenModel
+
+    memory = session.kv.memory
+    if sizes is None:
+        sizes = CPU_TOKENS if memory.device.type == "cpu" else CUDA_TOKENS
+    model = TokenModel(session.module, memory, session.together, tokens=sizes[0])
+    costs = probe(model, session, sizes, vocabulary=vocabulary, positions=positions)
+    room = model.capacity
+    plan = build_batch_plan(costs, job, BatchRoom(room.page_tokens, room.open_pages, _tiers(memory, room, unified)))
+    model.tokens = plan.tokens
+    compute = costs.compute_seconds[plan.tokens]
+    return Prepared(
+        model,
+        plan.tokens,
+        plan,
+        _limits(plan.tokens, plan.micro_batches, plan.sequences, room),
+        PassCost(plan.tokens, plan.micro_batches, compute, costs.transfer_seconds, costs.overhead_seconds),
+        shares=True,
+        exact=True,
+        speculates=True,
+        why=plan.explain(),
+    )
+
+
+def prepare_alone(
+    session: Session, job: BatchJob, tokens: int | None, kv_nbytes: int, *, vocabulary: int, positions: int | None
+) -> Prepared:
+    """Each text a call of its own, with a cache of its own; ``kv_nbytes`` are for these. A prompt goes through the
+    model ``tokens`` at a time."""
+    from tierstore.hf.batch.alone import SequenceModel
+
+    tokens = PROMPT_TOKENS if tokens is None else tokens
+    each_text, each_token = _kept_nbytes(session)
+    most = max(kv_nbytes // each_token, 1) if each_token else None
+    model = SequenceModel(session.module, session.together, tokens=1, positions=most)
+    costs = probe(model, session, (1,), vocabulary=vocabulary, positions=positions)
+    model.tokens = tokens
+    # a call takes about as long for some tokens as for one, so that calls are what is counted
+    calls = BatchJob(job.sequences, max(job.prompt_tokens / tokens, 1), job.new_tokens, job.most_new_tokens)
+    room = model.capacity
+    fitting = room.pages // ceil((job.prompt_tokens + job.new_tokens) / room.page_tokens)
+    fitting = max(min(fitting, kv_nbytes // max(each_text, 1)), 1)
+    plan = build_batch_plan(costs, calls, BatchRoom(1 << 20, fitting, [KvTier(fitting)]))
+    return Prepared(
+        model,
+        tokens,
+        plan,
+        _limits(tokens, plan.sequences, plan.sequences, room),
+        PassCost(tokens, plan.sequences, costs.compute_seconds[1], costs.transfer_seconds),
+        shares=False,
+        exact=False,
+        speculates=model.speculates,
+        why=f"{plan.sequences} texts at once, each a call of its own: a pass takes about {plan.seconds_per_pass:.4g} s",
+    )
+
+
+def divide_alone(
+    budget: Budget, module: nn.Module, job: BatchJob, longest: int, *, sequences: int, kv_format: str | None
+) -> tuple[Budget, int, str]:
+    """The budget without a KV cache in pages, the bytes for caches of texts by themselves, and why in words.
+
+    Raises ``ModuleError`` for bytes of other tiers, and for formats, which these caches have not."""
+    if budget.kv_ram or budget.kv_nvme or kv_format is not None:
+        raise ModuleError(
+            f"{type(module).__name__} keeps a cache of its own for each text, on the device and as it is: leave "
+            "kv_ram, kv_nvme and kv_format out"
+        )
+    each = token_nbytes(module)
+    kv_nbytes = budget.kv_hbm
+    if not kv_nbytes:
+        wanted = ceil(sequences * (job.prompt_tokens + job.new_tokens + 256)) * each
+        kv_nbytes = min(wanted, max(budget.hbm // ALONE_PART, min((longest + 256) * each, budget.hbm // 2)))
+    reason = f"{format_nbytes(kv_nbytes)} of hbm are for the caches of texts, each {format_nbytes(each)} a token"
+    hbm = budget.hbm if budget.kv_hbm else budget.hbm - kv_nbytes
+    return Budget(hbm, budget.ram, budget.nvme), kv_nbytes, reason
+
+
+def _kept_nbytes(session: Session) -> tuple[int, int]:
+    """Bytes that a cache keeps of a text, however long, and of each token besides: seen by computing some."""
+    from tierstore.hf.batch.alone import SequenceModel
+    from tierstore.hf.batch.slices import Slice
+
+    model = SequenceModel(session.module, session.together, tokens=1)
+    sequence, _ = model.add((0,))
+    found = []
+    for _ in range(2):
+        model.step([Slice(sequence, (0,), 1, False)])
+        found.append(model.nbytes)
+    model.close()
+    each = max(found[1] - found[0], 0)
+    return max(found[0] - each, 0), each
+
+
+def token_nbytes(module: nn.Module) -> int:
+    """Bytes that a transformers cache keeps of a token; of layers that keep something else, as if it were keys and
+    values of the whole width."""
+    from tierstore.hf.kv.shapes import dtype_of, layers_of
+
+    size = dtype_of(module).itemsize
+    try:
+        return sum(each.heads * (each.key_dim + each.value_dim) for each in layers_of(module)) * size
+    except ModuleError:
+        config: Any = module.config
+        text = config.get_text_config(decoder=True)
+        return 2 * int(getattr(text, "num_hidden_layers", 1)) * int(getattr(text, "hidden_size", 1)) * size
+
+
+def _limits(tokens: int, micro_batches: int, sequences: int, room: Capacity) -> Limits:
+    return Limits(tokens, micro_batches, sequences, room.page_tokens, room.pages, room.open_pages)
+
+
+def _tiers(memory: KvMemory, room: Capacity, unified: bool) -> list[KvTier]:
+    """The pages of the kind of layers that has the fewest, and what those that are not read in place take."""
+    plans = memory.plan.kinds
+    nbytes = sum(plan.kind.page_nbytes for plan in plans)
+    hbm, ram, nvme = next(plan.tier_pages for plan in plans if plan.pages == room.pages)
+    slow = 0.0 if unified else nbytes / TYPICAL_LINKS.ram_bytes_per_second
+    return [KvTier(hbm), KvTier(ram, slow), KvTier(nvme, nbytes / TYPICAL_LINKS.nvme_bytes_per_second)]
