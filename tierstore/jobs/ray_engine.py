@@ -13,7 +13,8 @@ from typing import Any
 from tierstore.errors import DeviceError
 from tierstore.jobs.engine import Counts
 from tierstore.jobs.prompts import PromptFile
-from tierstore.jobs.ray_messages import Message, error_of
+from tierstore.jobs.ray_errors import error_of
+from tierstore.jobs.ray_messages import Message
 from tierstore.jobs.ray_spread import Spread, spread
 from tierstore.jobs.rows import BadRow, Row
 from tierstore.jobs.samples import Failed, Finished
@@ -101,9 +102,7 @@ class RayJob:
     def _messages(self, wanted: Wanted) -> Iterator[Message]:
         """What workers tell of the rows ``wanted``. Of workers that are lost, rows may be missing."""
         flow = self._spread.flow(wanted.count, self._settings.sequences)
-        with warnings.catch_warnings(), DataContext.current(_context(flow.chunks * self._spread.workers * MOST_LOST)):
-            # Ray warns of its own defaults, and of options that have no other name yet.
-            warnings.simplefilter("ignore")
+        with _unwarned(), DataContext.current(_context(flow.chunks * self._spread.workers * MOST_LOST)):
             dataset = ray.data.read_datasource(Prompts(wanted, flow.rows), override_num_blocks=1, num_cpus=0)
             answered = dataset.map_batches(
                 Worker,
@@ -187,8 +186,7 @@ def _connected() -> Iterator[None]:
         yield
         return
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _unwarned():
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         raise DeviceError(f"Ray does not start: {error}: check its address, or the memory of this machine") from error
@@ -196,6 +194,14 @@ def _connected() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Ray warns of its own defaults, and of options that have no other name yet."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,32 @@ from ray.data.datasource import Datasource, ReadTask
 from tierstore.errors import StoreMismatchError, StoreReadError, TierstoreError
 from tierstore.jobs.lines import Line, lines_of
 from tierstore.jobs.prompts import PromptFile
-from tierstore.jobs.ray_messages import Chunk
+from tierstore.jobs.ray_errors import error_of, error_table
 
 COLUMN = "chunk"
 MOST_NBYTES = 4 << 20
 """A chunk ends where its lines have so many bytes, however few they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Lines of a file of prompts for a worker to answer, or the ``error`` why there are none."""
+
+    lines: Sequence[Line] = ()
+    error: TierstoreError | None = None
+
+    def to_bytes(self) -> bytes:
+        """For ``from_bytes``. The lines are UTF-8, as those of rows that can be answered are."""
+        lines = [[line.number, (line.raw or b"").decode()] for line in self.lines]
+        error = None if self.error is None else error_table(self.error)
+        return json.dumps({"lines": lines, "error": error}).encode()
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Chunk:
+        """What ``to_bytes`` made, but where the lines stand in their file."""
+        table = json.loads(raw)
+        lines = [Line(number, 0, text.encode(), True) for number, text in table["lines"]]
+        return cls(lines, table["error"] and error_of(table["error"]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,8 @@ class Spread:
 
     def __str__(self) -> str:
         workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
-        return f"{workers} on Ray, each with {'1 GPU' if self.gpus else f'{self.cpus} CPUs'}"
+        share = "1 GPU" if self.gpus else "1 CPU" if self.cpus == 1 else f"{self.cpus} CPUs"
+        return f"{workers} on Ray, each with {share}"
 
 
 def spread(nodes: Sequence[Mapping[str, float]], device: str | None, workers: int | None) -> Spread:
@@ -58,9 +59,7 @@ def spread(nodes: Sequence[Mapping[str, float]], device: str | None, workers: in
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     if device == "cuda" or (device is None and gpus):
         if not gpus:
-            raise DeviceError(
-                "device is 'cuda', and no machine of the Ray cluster has a GPU: leave it out, or give cpu"
-            )
+            raise DeviceError("device is 'cuda', and the Ray cluster has no GPU: leave it out, or give cpu")
         if workers is not None and workers > gpus:
             raise DeviceError(f"{workers} workers need a GPU each, and the Ray cluster has {gpus}: lower workers")
         return Spread(gpus if workers is None else workers, 0, 1, "cuda")

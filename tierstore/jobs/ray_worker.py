@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from tierstore.errors import DeviceError, TierstoreError
 from tierstore.jobs.engine import Counts, Engine
 from tierstore.jobs.opening import OpenJob, open_job
-from tierstore.jobs.ray_messages import Chunk, Message, error_of, error_table
+from tierstore.jobs.ray_errors import error_of, error_table
+from tierstore.jobs.ray_messages import Message
+from tierstore.jobs.ray_source import Chunk
 from tierstore.jobs.rows import BadRow, Row, parse_row
 from tierstore.jobs.samples import Failed, Finished
 from tierstore.jobs.settings import JobSettings
@@ -108,7 +110,7 @@ class Answering:
     def message(self, finished: Sequence[Finished | Failed], error: TierstoreError | None = None) -> Message:
         """What is ``finished``, and what was done so far."""
         job = self._job
-        counts, moved = (Counts(), 0) if job is None else (replace(job.engine.counts), job.session.report().bytes_moved)
+        counts, moved = (Counts(), 0) if job is None else (replace(job.counts), job.moved_nbytes)
         return Message(self._name, counts, moved, finished, error)
 
     def close(self) -> None:
