@@ -26,10 +26,11 @@ def blocks(page: Path, kind: str) -> Iterator[str]:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> Path:
-    """An empty folder to stand in, with the checkpoint that the pages speak of."""
+    """A folder to stand in, with the checkpoint and the prompts that the pages speak of."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "checkpoint").symlink_to(tiny_checkpoint)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why is the sky blue?"}\n{"prompt": "Why?", "n": 2}\n')
     return tmp_path
 
 
