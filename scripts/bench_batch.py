@@ -32,7 +32,7 @@ from tierstore.budget import format_nbytes
 
 LINEAR_GOAL, BOUND_GOAL, ACCELERATE_GOAL, PREDICTED_GOAL, DRAFTED_GOAL = 0.9, 0.85, 3.0, 0.15, 1.8
 PARTS = ("batch", "accelerate", "drafts")
-SIZES, SMOKE_SIZES = (1, 4, 16, 32, 64), (1, 4)
+SIZES, SMOKE_SIZES = (1, 4, 16, 32, 64), (2,)
 ACCELERATE_SIZES, SMOKE_ACCELERATE_SIZES = (16, 64, 256), (2,)
 PROMPT_TOKENS = 16
 WEIGHTS_SHARE = 4

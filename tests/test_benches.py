@@ -101,6 +101,29 @@ def test_smoke_run_of_activations(tmp_path: Path) -> None:
     assert all(met for what, met in said["goals"].items() if "highest peak" in what)
 
 
+def test_smoke_run_of_batches(tmp_path: Path) -> None:
+    done = run("bench_batch.py", "--smoke", "--threads=1", "--out", tmp_path / "out.txt")
+    assert done.returncode == 0, done.stderr
+    table, _, line = done.stdout.rstrip("\n").rpartition("\n\n")
+    said: dict[str, Any] = json.loads(line)
+    assert "Accelerate disk offload, batch of 2" in table
+    assert said["goals"]["drafts auto: texts equal"]
+    batch = said["figures"]["batch of 2"]
+    assert batch["streamed_nbytes"] > 0
+    _, tokens, finished = batch["moments"][-1]
+    assert (tokens, finished) == (16, 2)
+    assert said["figures"]["everything in memory"]["streamed_nbytes"] == 0
+
+
+def test_smoke_run_of_kills(tmp_path: Path) -> None:
+    done = run("bench_kills.py", "--smoke", "--threads=1", "--folder", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert len(said["moments"]) == 1
+    assert said["goals"]["job 0: lost, twice, with another text"]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_checkpoint_is_what_transformers_reads(tmp_path: Path, dtype: str) -> None:
     from transformers import AutoModelForCausalLM
