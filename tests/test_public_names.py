@@ -7,9 +7,10 @@ import tomllib
 from pathlib import Path
 
 import tierstore
-from tierstore import errors
+from tierstore import errors, jobs
 
 PUBLIC = ["Budget", "Plan", "Report", "Session", "Tier", "__version__", "load", "offload"]
+JOBS = ["JobInterrupted", "JobProgress", "JobReport", "JobSettings", "Result", "Sampling", "run", "stream"]
 ERRORS = {
     "TierstoreError": "Exception",
     "BudgetError": "TierstoreError",
@@ -36,6 +37,11 @@ def test_public_names() -> None:
     named = {name for name in tierstore.__all__ if not name.endswith("Error") and name != "errors"}
     assert sorted(named) == PUBLIC
     assert all(hasattr(tierstore, name) for name in tierstore.__all__)
+
+
+def test_names_of_jobs() -> None:
+    assert jobs.__all__ == JOBS
+    assert all(hasattr(jobs, name) for name in JOBS)
 
 
 def test_version_is_the_one_that_is_built() -> None:
