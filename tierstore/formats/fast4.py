@@ -23,6 +23,10 @@ LEAST_NBYTES = 1 << 17
 """Of codes for each thread: with fewer, waking it would take longer than it saves."""
 
 
+PARTS = {1: ("codes", "scales"), 2: ("low", "high", "scales", "steps")}
+"""Of a matrix, by digits of the rounded input, in the order of the fields of a job."""
+
+
 @cache
 def can_compile() -> bool:
     """Whether llvmlite is installed and the processor has AVX2: does not change while a process runs."""
@@ -42,7 +46,7 @@ def fast_product(x: Tensor, form: Format, parts: Parts, n: int, k: int, scratch:
     same with any number of threads. A row of ``x`` with a value that is not finite makes a row of NaN. As many threads
     compute as torch may use.
     """
-    m, digits = len(x), 2 if form.name == "int8" else 1
+    m, digits = x.shape[0], 2 if form.name == "int8" else 1
     if k % form.group:
         x = pad(x, (0, form.group - k % form.group))
     groups, device, code = x.shape[1] // form.group, x.device, _compiled(digits)
@@ -50,29 +54,16 @@ def fast_product(x: Tensor, form: Format, parts: Parts, n: int, k: int, scratch:
     rounded = scratch.take("rounded input", (m, groups, digits, form.group), torch.int8, device)
     factors = scratch.take("factors of input", (m, groups), torch.float32, device)
     sums = scratch.take("sums of input", (m, groups), torch.int32, device)
-    code.round_groups(
-        values.data_ptr(), m * groups, form.group, rounded.data_ptr(), factors.data_ptr(), sums.data_ptr()
-    )
-    own = {name: part.contiguous() for name, part in parts.items()}
-    codes = own["low" if digits == 2 else "codes"]
-    blocks = len(codes)
+    into = rounded.data_ptr(), factors.data_ptr(), sums.data_ptr()
+    code.round_groups(values.data_ptr(), m * groups, form.group, *into)
+    own = [parts[name].contiguous() for name in PARTS[digits]]
+    codes, blocks = own[0], own[0].shape[0]
     out = torch.empty(blocks, m, ROWS, dtype=torch.float32, device=device)
-    code.multiply(
-        min(torch.get_num_threads(), 1 + codes.numel() * digits // LEAST_NBYTES),
-        codes=codes.data_ptr(),
-        high=own["high"].data_ptr() if digits == 2 else 0,
-        scales=own["scales"].data_ptr(),
-        steps=own["steps"].data_ptr() if digits == 2 else 0,
-        input=rounded.data_ptr(),
-        factors=factors.data_ptr(),
-        sums=sums.data_ptr(),
-        out=out.data_ptr(),
-        rows=m,
-        groups=groups,
-        group=form.group,
-        blocks=blocks,
-    )
-    product = out.to(x.dtype).transpose(0, 1).reshape(m, -1)
+    addresses = *(part.data_ptr() for part in own), *into, out.data_ptr()
+    threads = min(torch.get_num_threads(), 1 + codes.numel() * digits // LEAST_NBYTES)
+    code.multiply(threads, *addresses, m, groups, form.group, blocks)
+    product = out.to(x.dtype)
+    product = product.view(1, -1) if m == 1 else product.transpose(0, 1).reshape(m, -1)
     return product if product.shape[1] == n else product[:, :n].contiguous()
 
 
@@ -82,7 +73,7 @@ class _Compiled:
     def __init__(self, digits: int) -> None:
         from llvmlite import binding
 
-        from tierstore.formats.fast4_code import FIELDS, write
+        from tierstore.formats.fast4_code import write
 
         binding.initialize_native_target()
         binding.initialize_native_asmprinter()
@@ -94,7 +85,6 @@ class _Compiled:
         passes.getModulePassManager().run(module, passes)
         self._engine = binding.create_mcjit_compiler(module, target)
         self._engine.finalize_object()
-        self._fields = FIELDS
         self._multiply = self._engine.get_function_address("multiply")
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._alone = ctypes.CFUNCTYPE(None, pointer)(self._multiply)
@@ -102,9 +92,9 @@ class _Compiled:
             self._engine.get_function_address("round_groups")
         )
 
-    def multiply(self, threads: int, **fields: int) -> None:
-        """Carry out a job with some threads, this one among them."""
-        job = (ctypes.c_int64 * (len(fields) + 1))(*(fields[name] for name in self._fields), 0)
+    def multiply(self, threads: int, *fields: int) -> None:
+        """Carry out a job, of fields in the order that the code says, with some threads, this one among them."""
+        job = (ctypes.c_int64 * (len(fields) + 1))(*fields, 0)
         together = _parallel() if threads > 1 else None
         if together is None:
             self._alone(job)

@@ -28,8 +28,11 @@ BYTES, WORDS, INTS, FLOATS = (
     ir.VectorType(I32, LANES),
     ir.VectorType(F32, LANES),
 )
-FIELDS = ("codes", "high", "scales", "steps", "input", "factors", "sums", "out", "rows", "groups", "group", "blocks")
-"""Of a job, 64 bits each. Behind them is the number of the first block of 64 rows that nobody has begun."""
+NIBBLES = {1: ("codes",), 2: ("low", "high")}
+SCALES = {1: ("scales",), 2: ("scales", "steps")}
+OTHERS = ("input", "factors", "sums", "out", "rows", "groups", "group", "blocks")
+"""Fields of a job, 64 bits each: by planes the parts of the matrix, then what all have. Behind them is the number of the
+first block of 64 rows that nobody has begun."""
 
 
 def write(planes: int) -> ir.Module:
@@ -88,23 +91,24 @@ def _write_round_groups(module: ir.Module, digits: int) -> None:
 def _write_multiply(module: ir.Module, planes: int) -> None:
     """``multiply(job)``: the product of blocks of 64 rows that nobody has begun, until there are none.
 
-    ``job`` points to ``FIELDS``; ``out`` is float32 [blocks, rows, 64]. A value is the sum over groups, in their order,
+    ``job`` points to its fields; ``out`` is float32 [blocks, rows, 64]. A value is the sum over groups, in their order,
     of ``factor * (scale * dot + zero * sum)``: only the exact ``dot`` depends on how vectors are made use of.
     """
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), "multiply")
     code = _Code(module, function)
     (job,) = function.args
-    field = {name: code.load(code.gep(job, [code.word(number)])) for number, name in enumerate(FIELDS)}
+    names = NIBBLES[planes] + SCALES[planes] + OTHERS
+    field = {name: code.load(code.gep(job, [code.word(number)])) for number, name in enumerate(names)}
     rows, groups, group, blocks = (field[name] for name in ("rows", "groups", "group", "blocks"))
     places = _Places(code)
     begin, work, end = (function.append_basic_block(name) for name in ("begin", "work", "end"))
     code.branch(begin)
     code.position_at_end(begin)
-    block = code.atomic_rmw("add", code.gep(job, [code.word(len(FIELDS))]), code.word(1), "monotonic")
+    block = code.atomic_rmw("add", code.gep(job, [code.word(len(names))]), code.word(1), "monotonic")
     code.cbranch(code.icmp_unsigned("<", block, blocks), work, end)
     code.position_at_end(work)
     tile = code.mul(block, code.mul(code.mul(groups, group), code.word(HALF)))
-    tiles = [code.gep(code.pointer(field[name], I8), [tile]) for name in ("codes", "high")[:planes]]
+    tiles = [code.gep(code.pointer(field[name], I8), [tile]) for name in NIBBLES[planes]]
     with code.loop(groups) as number:
         if planes == 1:
             _int4_scales(code, field, block, number, places)
