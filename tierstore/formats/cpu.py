@@ -30,8 +30,8 @@ FAST_ROWS: Mapping[int, Mapping[str, int]] = {
     64: {"int4": 8, "int8": 2},
     32: {"int4": 128, "int8": 24},
 }
-"""Up to how many rows ``fast_product`` is the fastest way, by ``int4_tile_rows``. Measured with AVX2 only: with AVX-512 it
-is up to where torch's kernel would win if our rows cost what they do with AVX2."""
+"""Up to how many rows ``fast_product`` is the fastest way, by ``int4_tile_rows``. Measured with AVX2 only: with AVX-512
+it is up to where torch's kernel would win if our rows cost what they do with AVX2."""
 
 
 CHUNK = 1 << 23

@@ -31,8 +31,8 @@ BYTES, WORDS, INTS, FLOATS = (
 NIBBLES = {1: ("codes",), 2: ("low", "high")}
 SCALES = {1: ("scales",), 2: ("scales", "steps")}
 OTHERS = ("input", "factors", "sums", "out", "rows", "groups", "group", "blocks")
-"""Fields of a job, 64 bits each: by planes the parts of the matrix, then what all have. Behind them is the number of the
-first block of 64 rows that nobody has begun."""
+"""Fields of a job, 64 bits each: by planes the parts of the matrix, then what all have. Behind them is the number of
+the first block of 64 rows that nobody has begun."""
 
 
 def write(planes: int) -> ir.Module:
