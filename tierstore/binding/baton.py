@@ -120,7 +120,7 @@ class Baton:
                         self._end(whole)
                 except BaseException as error:
                     failed = failed or error
-            if failed is not None:
+            if failed is not None and (whole or not isinstance(failed, Exception)):  # else there is an error already
                 try:
                     raise failed
                 finally:
