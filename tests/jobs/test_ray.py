@@ -35,6 +35,7 @@ def cluster() -> Iterator[str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             context = ray.init(
+                "local",
                 num_cpus=2,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -63,19 +64,32 @@ def workers() -> list[psutil.Process]:
     return [process for process in found if " ".join(process.cmdline()).startswith("ray::MapWorker")]
 
 
-def test_rows_of_a_killed_worker_start_anew(
+def test_a_job_that_is_stopped_killed_and_loses_a_worker(
     cluster: str, alone: dict[tuple[str, int], tuple[str, int]], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
+    prompts, results, settings = write_prompts(tmp_path), tmp_path / "results", settings_of(tiny_checkpoint)
+
+    def stop(now: JobProgress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(JobInterrupted, match="1 of 11 rows"):  # the one that no worker is needed for
+        run(prompts, results, settings, engine="ray", workers=1, progress=stop)
+
+    program = Path(__file__).with_name("ray_killed.py")
+    ended = subprocess.run([sys.executable, program, cluster, prompts, results, tiny_checkpoint], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    done = texts_of(results)
+    assert 0 < len(done) < TEXTS
+
     killed: list[int] = []
 
     def kill(now: JobProgress) -> None:
         if not killed and now.generated_tokens:
-            assert now.done_rows < len(ROWS) - 1
+            assert now.done_rows < len(ROWS)
             worker = workers()[0]
             killed.append(worker.pid)
             worker.kill()
 
-    prompts, results, settings = write_prompts(tmp_path), tmp_path / "results", settings_of(tiny_checkpoint)
     report = run(prompts, results, settings, engine="ray", workers=2, progress=kill)
     assert killed
     assert texts_of(results) == alone
@@ -83,28 +97,6 @@ def test_rows_of_a_killed_worker_start_anew(
     assert len((tmp_path / "results.errors").read_text().splitlines()) == FAILED
     assert report.notes == ("2 workers on Ray, each with 1 CPU",)
     assert report.generated_tokens > 0
-
-
-def test_a_killed_job_goes_on(
-    cluster: str, alone: dict[tuple[str, int], tuple[str, int]], tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    """Killed, stopped as by Ctrl-C, then run to its end."""
-    prompts, results, settings = write_prompts(tmp_path), tmp_path / "results", settings_of(tiny_checkpoint)
-    program = Path(__file__).with_name("ray_killed.py")
-    ended = subprocess.run([sys.executable, program, cluster, prompts, results, tiny_checkpoint], check=False)
-    assert ended.returncode == -signal.SIGKILL
-    done = len(texts_of(results))
-    assert 0 < done < TEXTS
-
-    def stop(now: JobProgress) -> None:
-        if len(texts_of(results)) > done:
-            raise KeyboardInterrupt
-
-    with pytest.raises(JobInterrupted):
-        run(prompts, results, settings, engine="ray", workers=1, progress=stop)
-    assert done < len(texts_of(results)) < TEXTS
-    run(prompts, results, settings, engine="ray", workers=1)
-    assert texts_of(results) == alone
 
 
 def test_an_error_of_a_worker_is_raised_here(cluster: str, tiny_checkpoint: Path, tmp_path: Path) -> None:

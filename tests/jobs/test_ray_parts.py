@@ -291,9 +291,18 @@ def test_workers_that_are_lost_at_once_end_the_job(tmp_path: Path) -> None:
 
     path = write_rows(tmp_path / "prompts", LINES)
     told: Any
-    for told in (RayError("lost"), []):
+    for told in (RayError("it was\nlost"), []):
         with PromptFile(path, DEFAULTS) as prompts, pytest.raises(DeviceError, match="any of the 8 rows"):
             list(job_of(Rounds([[told]])).answer(prompts, lambda line: False, lambda row: (0,)))
+
+
+def test_settings_mean_the_same_in_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tierstore.jobs.ray_engine import _anywhere
+
+    monkeypatch.chdir(tmp_path)
+    settings = JobSettings(model="m", store=Path("s/t"), budget=Budget("1GiB"), seed=5)
+    there = replace(settings, model=str(tmp_path / "m"), store=str(tmp_path / "s" / "t"), device="cuda")
+    assert _anywhere(settings, Spread(1, 0, 1, "cuda")) == there
 
 
 def test_a_wrong_engine(tmp_path: Path) -> None:

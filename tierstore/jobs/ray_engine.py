@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,11 +93,10 @@ class RayJob:
             except ray.exceptions.RayError as error:
                 lost = error
             if not finished:
-                why = "" if lost is None else f" ({type(lost).__name__})"
                 raise DeviceError(
                     f"the workers on Ray were lost before they finished any of the {wanted.count} rows that are left"
-                    f"{why}: see the logs of Ray, and give workers less memory if the machine had none left; what was "
-                    "finished is written"
+                    f"{_why(lost)}: see the logs of Ray, and give workers less memory if a machine had none left; what "
+                    "was finished is written"
                 )
 
     def _messages(self, wanted: Wanted) -> Iterator[Message]:
@@ -137,11 +137,26 @@ def open_ray_job(
     with _connected(), _quiet():
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         shares = spread(nodes, settings.device, workers)
-        settings = replace(settings, device=shares.device)
+        settings = _anywhere(settings, shares)
         notes: tuple[str, ...] = ()
         if (chosen := settings.tokens if tokens is None else tokens) is None:
             chosen, notes = _measured(settings, workload, shares)
         yield RayJob(settings, workload, shares, chosen, notes)
+
+
+def _anywhere(settings: JobSettings, shares: Spread) -> JobSettings:
+    """Settings that mean the same in every process, wherever it stands."""
+    model, store, draft = (
+        None if path is None else os.path.abspath(path) for path in (settings.model, settings.store, settings.draft)
+    )
+    assert model is not None, "a job has a model"
+    return replace(settings, device=shares.device, model=model, store=store, draft=draft)
+
+
+def _why(error: Exception | None) -> str:
+    """The last line of what Ray says, which is where the cause stands."""
+    lines = str(error or "").strip().splitlines() or [""]
+    return f" ({type(error).__name__}: {lines[-1].strip()[:300]})" if error is not None else ""
 
 
 def _measured(settings: JobSettings, workload: Workload, shares: Spread) -> tuple[int, tuple[str, ...]]:
@@ -150,8 +165,8 @@ def _measured(settings: JobSettings, workload: Workload, shares: Spread) -> tupl
         told = ray.get(remote.options(num_cpus=shares.cpus, num_gpus=shares.gpus).remote(settings, workload))
     except ray.exceptions.RayError as error:
         raise DeviceError(
-            f"the worker on Ray that was to measure the model was lost ({type(error).__name__}): see the logs of Ray, "
-            "and give workers less memory if the machine had none left"
+            f"the worker on Ray that was to measure the model was lost{_why(error)}: see the logs of Ray, and give "
+            "workers less memory if a machine had none left"
         ) from error
     if "error" in told:
         raise error_of(told["error"])
