@@ -25,7 +25,7 @@ from tierstore.jobs.workload import Workload
 try:
     import ray
     import ray.data
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy
 except ImportError as missing:
     raise DeviceError(f"--engine ray needs {missing.name}: pip install 'tierstore[ray]'") from None
 
@@ -102,8 +102,13 @@ class RayJob:
     def _messages(self, wanted: Wanted) -> Iterator[Message]:
         """What workers tell of the rows ``wanted``. Of workers that are lost, rows may be missing."""
         flow = self._spread.flow(wanted.count, self._settings.sequences)
-        with _unwarned(), DataContext.current(_context(flow.chunks * self._spread.workers * MOST_LOST)):
+        with _unwarned():
             dataset = ray.data.read_datasource(Prompts(wanted, flow.rows), override_num_blocks=1, num_cpus=0)
+            context = dataset.context
+            context.enable_progress_bars = context.print_on_execution_start = False
+            context.execution_no_progress_timeout_s = -1
+            context.target_max_block_size = 1  # a block for each message, which Ray passes on at once
+            context.max_errored_blocks = flow.chunks * flow.workers * MOST_LOST
             answered = dataset.map_batches(
                 Worker,
                 fn_constructor_args=(self._settings, self._workload, self.tokens),
@@ -171,16 +176,6 @@ def _measured(settings: JobSettings, workload: Workload, shares: Spread) -> tupl
     if "error" in told:
         raise error_of(told["error"])
     return told["tokens"], tuple(told["notes"])
-
-
-def _context(most_errors: int) -> DataContext:
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = -1
-    context.target_max_block_size = 1  # a block for each message, which Ray passes on at once
-    context.max_errored_blocks = most_errors
-    return context
 
 
 def _is_fresh(each: Finished | Failed, skip: Skip, missing: Missing) -> bool:
