@@ -15,10 +15,16 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import transformers
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tests.jobs.small import settings_of
 from tierstore.budget import Budget
+from tierstore.hf.batch import support, tokens
+from tierstore.hf.checkpoint import open_checkpoint
 from tierstore.jobs.running import run
+
+WARM = (support, tokens, open_checkpoint, AutoTokenizer, LlamaForCausalLM)
+"""Imported here, and not by each child."""
 
 
 def run_job(folder: Path, checkpoint: Path, *, passes: int | None) -> bool:

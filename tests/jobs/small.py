@@ -11,9 +11,9 @@ from tierstore.budget import Budget
 from tierstore.jobs.settings import JobSettings
 from tierstore.sampling import Sampling
 
-SYSTEM = "You are a helper, who says what is asked and no more than that, in a few words, and in good English."
+SYSTEM = "You are a helper, who says what is asked and no more than that, in a few words."
 ROWS: list[Any] = [
-    *({"id": f"plain {n}", "prompt": f"{SYSTEM} Say {n}.", "max_new_tokens": 3 + n} for n in range(5)),
+    *({"id": f"plain {n}", "prompt": f"{SYSTEM} Say {n}.", "max_new_tokens": 1 + 2 * n} for n in range(3)),
     {"id": "chat", "messages": [{"role": "user", "content": "Why is the sky blue?"}]},
     {"id": "many", "prompt": f"{SYSTEM} Tell me more.", "n": 3, "temperature": 1.5, "seed": 7},
     {"id": "cold", "prompt": "abc", "temperature": 0.8, "top_p": 0.9},
@@ -26,7 +26,7 @@ ROWS: list[Any] = [
         "body": {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "n": 2, "temperature": 1.0},
     },
 ]
-TEXTS = 5 + 1 + 3 + 1 + 2
+TEXTS = 3 + 1 + 3 + 1 + 2
 FAILED = 2
 
 
@@ -36,7 +36,11 @@ def write_prompts(folder: Path) -> Path:
 
 def settings_of(checkpoint: Path, **change: Any) -> JobSettings:
     """Micro-batches of a fixed size, so that two jobs compute the same bits; most weights stream."""
-    given: dict[str, Any] = {"budget": Budget(hbm="8MiB"), "defaults": Sampling(max_new_tokens=8), "tokens": 16}
+    given: dict[str, Any] = {
+        "budget": Budget(hbm="6MiB", kv_hbm="5MiB"),
+        "defaults": Sampling(max_new_tokens=6),
+        "tokens": 32,
+    }
     return JobSettings(model=checkpoint, **given | change)
 
 

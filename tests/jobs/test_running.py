@@ -17,7 +17,7 @@ from tests.jobs.made import write_rows
 from tests.jobs.small import FAILED, ROWS, TEXTS, settings_of, texts_of, write_prompts
 from tierstore.budget import Budget
 from tierstore.errors import CheckpointError, DeviceError, ModuleError, StoreMismatchError
-from tierstore.jobs import JobInterrupted, JobProgress, Result, run, stream
+from tierstore.jobs import JobInterrupted, JobProgress, run, stream
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def greedy(tiny_checkpoint: Path) -> dict[str, str]:
         if row.get("id", "").startswith(("plain", "chat")):
             text = row.get("prompt") or f"<user>{row['messages'][0]['content']}\n<assistant>"
             inputs = tokenizer(text, return_tensors="pt")
-            most = row.get("max_new_tokens", 8)
+            most = row.get("max_new_tokens", 6)
             tokens = model.generate(**inputs, max_new_tokens=most, do_sample=False, pad_token_id=tokenizer.eos_token_id)
             said[row["id"]] = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return said
@@ -46,12 +46,12 @@ def alone(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     assert report.found_tokens > 0  # of the common beginning
     assert report.session is not None
     assert report.session.bytes_moved > 0
-    assert report.session.peak_bytes["hbm"] <= 8 << 20
+    assert report.session.peak_bytes["hbm"] <= 6 << 20
     assert "sequences at once" in said[0]
     assert json.loads(report.to_json())["generated_tokens"] == report.generated_tokens
     assert "rows are done" in str(report)
     failed = [json.loads(line) for line in (folder / "results.errors").read_text().splitlines()]
-    assert {line["id"]: line["line"] for line in failed} == {"bad": 9, "long": 10}
+    assert {line["id"]: line["line"] for line in failed} == {"bad": 7, "long": 8}
     found = texts_of(folder / "results")
     assert len(found) == TEXTS
     return found
@@ -136,7 +136,6 @@ def test_an_error_of_the_machine_leaves_what_is_done(tiny_checkpoint: Path, tmp_
     with pytest.raises(DeviceError):
         run(prompts, results, settings_of(tiny_checkpoint), progress=fail)
     assert texts_of(results)
-    assert run(prompts, results, settings_of(tiny_checkpoint)).done_rows == len(ROWS)
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
@@ -147,14 +146,12 @@ def test_no_checkpoint(tmp_path: Path) -> None:
 async def test_streamed_rows_say_the_same(
     tiny_checkpoint: Path, tmp_path: Path, alone: dict[tuple[Any, int], tuple[str, int]]
 ) -> None:
-    def check(results: list[Result]) -> None:
-        texts = {(str(each.id), each.index): (each.text, each.seed) for each in results if each.error is None}
-        assert texts == alone
-        assert {each.id for each in results if each.error is not None} == {"bad", "long"}
-
-    settings = settings_of(tiny_checkpoint)
-    check([result async for result in stream(ROWS, settings)])
-    check([result async for result in stream(write_prompts(tmp_path), settings)])
+    prompts, settings = write_prompts(tmp_path), settings_of(tiny_checkpoint)
+    results = [result async for result in stream(prompts, settings)]
+    assert {(each.id, each.index): (each.text, each.seed) for each in results if each.error is None} == alone
+    assert {each.id for each in results if each.error is not None} == {"bad", "long"}
+    first = [result async for result in stream(ROWS[:1], settings)]
+    assert [(each.text, each.seed) for each in first] == [alone["plain 0", 0]]
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +170,7 @@ def recurrent(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_texts_by_themselves(recurrent: Path, tmp_path: Path) -> None:
-    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Say {n}.", "n": n} for n in (1, 2, 1, 3)])
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Say {n}.", "n": n} for n in (1, 3)])
     for name, sequences in (("one", 1), ("many", None)):
         said: list[str] = []
         settings = settings_of(recurrent, budget=Budget("512KiB"), tokens=None, sequences=sequences)
@@ -182,12 +179,12 @@ def test_texts_by_themselves(recurrent: Path, tmp_path: Path) -> None:
         assert report.session is not None
         assert report.session.bytes_moved > report.passes * 1000  # it streams
     texts = texts_of(tmp_path / "many")
-    assert len(texts) == 7
+    assert len(texts) == 4
     assert texts_of(tmp_path / "one") == texts
     model: Any = AutoModelForCausalLM.from_pretrained(recurrent)
     tokenizer: Any = AutoTokenizer.from_pretrained(recurrent)
     inputs = tokenizer("Say 1.", return_tensors="pt")
-    tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     assert texts[1, 0][0] == tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
