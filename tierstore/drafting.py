@@ -2,29 +2,35 @@
 
 Prompt lookup (Saxena 2023) copies what followed where the text went on in the same way before. How many drafted tokens
 pay is decided as in speculative decoding (Leviathan et al. 2023, arXiv 2211.17192): each is right with some likelihood
-if those before it are, and a pass takes longer by those that do not fit what it has room for anyway.
+if those before it are, a pass takes longer by those that do not fit what it has room for anyway, and a model that
+drafts takes time of its own.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import isfinite
 
-__all__ = ["DraftLength", "Lookup", "PassCost"]
+__all__ = ["BY_MODEL", "DraftLength", "Lookup", "Offer", "PassCost"]
 
 LONGEST = 3
 """Tokens that must be the same, at most, for what followed them to be looked up. 1 at least."""
 
-PRIOR = 0.4
+BY_MODEL = 0
+"""The kind of drafts that a model makes, one token of every text in a step. Those of other kinds take no time."""
+
+PRIOR, PRIOR_BY_MODEL = 0.4, 0.7
 """How likely a drafted token is right, before any was tried."""
 PRIOR_TOKENS = 8.0
 """What is believed of a text from the others counts as much as so many tokens that were tried in it."""
 KEPT_OF_KIND, KEPT_OF_TEXT = 0.998, 0.96
 """What is known weighs so much less with every token that is tried: of all drafts of a kind, and of those in a text."""
-PROBING = 1 / 64
-"""So much of the time, at most, goes to drafts that seem not to pay, so as to see when they do."""
+PROBING, PROBED_TOKENS = 1 / 64, 4
+"""So much of the time, at most, goes to drafts of a model that seem not to pay, so as to see when they do; so many
+tokens each time."""
 
 _TOKEN_BITS = 32
 
@@ -72,106 +78,133 @@ class Lookup:
 class PassCost:
     """What a pass takes: it has up to ``micro_batches`` of ``tokens`` tokens, each of which, full or not, computes for
     ``compute_seconds``; beside that weights are brought for ``transfer_seconds``; ``overhead_seconds`` come on top.
-    Each drafted token has taken ``draft_seconds``, 0 where it was looked up. Raises ``ValueError``."""
+    A model that drafts takes ``step_seconds`` for each of its steps. Raises ``ValueError``."""
 
     tokens: int
     micro_batches: int
     compute_seconds: float
     transfer_seconds: float
     overhead_seconds: float = 0.0
-    draft_seconds: float = 0.0
+    step_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        times = (self.compute_seconds, self.transfer_seconds, self.overhead_seconds, self.draft_seconds)
+        times = (self.compute_seconds, self.transfer_seconds, self.overhead_seconds, self.step_seconds)
         if min(self.tokens, self.micro_batches) < 1 or not all(isfinite(t) and t >= 0 for t in times):
             raise ValueError(f"{self}: sizes are at least 1, and seconds finite and not negative")
         if self.compute_seconds + self.transfer_seconds + self.overhead_seconds == 0:
             raise ValueError(f"{self}: a pass takes time")
 
-    def seconds(self, tokens: int, drafted: int = 0) -> float:
-        """Of a pass over ``tokens`` tokens and the ``drafted`` ones."""
-        computing = -(-(tokens + drafted) // self.tokens) * self.compute_seconds
-        return self.overhead_seconds + max(self.transfer_seconds, computing) + drafted * self.draft_seconds
+    def seconds(self, tokens: int, steps: int = 0) -> float:
+        """Of a pass over ``tokens`` tokens, drafted ones included, after ``steps`` steps of a model that drafts."""
+        computing = -(-tokens // self.tokens) * self.compute_seconds
+        return self.overhead_seconds + max(self.transfer_seconds, computing) + steps * self.step_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """``tokens`` that could be drafted for a text, or are to be. ``kind`` is ``BY_MODEL``, or of looked-up ones
+    ``Lookup.run``. ``begin_seconds`` pass before the first."""
+
+    tokens: int
+    kind: int
+    begin_seconds: float = 0.0
 
 
 class DraftLength:
-    """How many tokens to draft for each text of a batch, at most ``most``: those with which the most tokens per second
-    are expected. Learns by what was accepted. Texts are known by the numbers of their sequences.
+    """How many tokens to draft for each text of a batch: those with which the most tokens per second are expected.
+    Learns by what was right. Texts are known by the numbers of their sequences.
 
-    Drafts of one kind, whatever the text, are taken to be about as good: with looked-up ones ``Lookup.run`` says much
-    more than the text does."""
+    Drafts of one kind are taken to be about as good in all texts, until one of these shows that it is different."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self) -> None:
         self._of_kind: dict[int, _Seen] = {}
         self._of_text: dict[int, dict[int, _Seen]] = {}  # by sequence and kind
-        self._kinds: dict[int, int] = {}  # of each sequence's latest drafts
         self._unspent = 0.0
 
-    def observe(self, sequence: int, drafted: int, accepted: int) -> None:
-        """Of ``drafted`` tokens that were tried for ``sequence`` the first ``accepted`` were right."""
+    def observe(self, sequence: int, kind: int, drafted: int, accepted: int) -> None:
+        """Of ``drafted`` tokens for ``sequence`` the first ``accepted`` were right, whether they were tried or not."""
         if not 0 <= accepted <= drafted:
             raise ValueError(f"{accepted} of {drafted} drafted tokens were accepted: need 0 <= accepted <= drafted")
         tried = min(accepted + 1, drafted)  # what stood behind a wrong one says nothing
-        kind = self._kinds.get(sequence, 0)
-        self._of_kind.setdefault(kind, _prior()).observe(accepted, tried, KEPT_OF_KIND)
+        self._of_kind.setdefault(kind, _prior(kind)).observe(accepted, tried, KEPT_OF_KIND)
         seen = self._of_text.setdefault(sequence, {}).setdefault(kind, _Seen(0.0, 0.0))
         seen.observe(accepted, tried, KEPT_OF_TEXT)
 
     def forget(self, sequence: int) -> None:
         """The sequence, which may be unknown, is gone."""
         self._of_text.pop(sequence, None)
-        self._kinds.pop(sequence, None)
 
-    def acceptance(self, sequence: int) -> float:
-        """How likely a token of its latest drafts is right, if those before it are; above 0 and below 1."""
-        kind = self._kinds.get(sequence, 0)
-        of_kind = self._of_kind.get(kind) or _prior()
+    def acceptance(self, sequence: int, kind: int) -> float:
+        """How likely a drafted token is right, if those before it are; above 0 and below 1."""
+        of_kind = self._of_kind.get(kind) or _prior(kind)
         seen = self._of_text.get(sequence, {}).get(kind) or _Seen(0.0, 0.0)
         return (seen.right + PRIOR_TOKENS * of_kind.right / of_kind.tried) / (seen.tried + PRIOR_TOKENS)
 
-    def decide(
-        self, cost: PassCost, tokens: int, wanted: Mapping[int, int], kinds: Mapping[int, int] | None = None
-    ) -> dict[int, int]:
-        """How many tokens to draft for each of the sequences ``wanted``, of which so many could be had.
+    def decide(self, cost: PassCost, tokens: int, offers: Mapping[int, Sequence[Offer]]) -> dict[int, Offer]:
+        """For each sequence which one of its ``offers`` to take, and how many tokens of it; none for those left out.
 
-        ``kinds`` are those of their drafts, 0 for the others. ``tokens`` are in the pass anyway, of prompts too. All
-        fit into the pass. Those are none that would not make it worth its longer time, but for a few now and then: what
-        is not tried is not known."""
+        ``tokens`` are in the pass anyway, of prompts too. All fit into the pass. Nothing is taken that would not make
+        it worth its longer time, but for a few tokens of a model now and then: what is not tried is not known."""
+        if tokens < 1:
+            return {}
+        free, likeliest = dict[int, Offer](), dict[int, Offer]()
+        for sequence, theirs in offers.items():
+            for offer in sorted(theirs, key=lambda offer: self.acceptance(sequence, offer.kind)):
+                likeliest[sequence] = offer
+                if offer.kind != BY_MODEL:
+                    free[sequence] = offer
+        choices = [free] if free == likeliest else [free, likeliest]
+        taken = max((self._best(cost, tokens, each) for each in choices), key=lambda found: found[0])[1]
+        drafting = {sequence for sequence, offer in taken.items() if offer.kind == BY_MODEL}
+        if not drafting:
+            taken |= self._probe(cost, tokens + sum(offer.tokens for offer in taken.values()), offers)
+        for sequence, seen in self._of_text.items():
+            if sequence in offers and sequence not in drafting and BY_MODEL in seen:
+                seen[BY_MODEL].fade(KEPT_OF_TEXT)  # until it is like the others, and tried again if they are
+        return taken
+
+    def _best(self, cost: PassCost, tokens: int, offers: Mapping[int, Offer]) -> tuple[float, dict[int, Offer]]:
+        """The most tokens per second that ``offers`` can make, and what is to be taken of them for that; of equals the
+        fewest."""
         gains: list[tuple[float, int, int]] = []
-        for sequence, most in wanted.items():
-            self._kinds[sequence] = kinds.get(sequence, 0) if kinds else 0
-            acceptance, gain = self.acceptance(sequence), 1.0
-            for nth in range(min(most, self._most)):
+        for sequence, offer in offers.items():
+            acceptance, gain = self.acceptance(sequence, offer.kind), 1.0
+            for nth in range(1, offer.tokens + 1):
                 gain *= acceptance
                 gains.append((-gain, nth, sequence))
         gains = sorted(gains)[: max(cost.tokens * cost.micro_batches - tokens, 0)]
-        chosen = gains[: _best(cost, tokens, gains)] if tokens > 0 else []
-        if gains and not chosen and tokens > 0:
-            chosen = self._probe(cost, tokens, gains)
-        lengths = dict.fromkeys(wanted, 0)
-        for _, _, sequence in chosen:
-            lengths[sequence] += 1
-        for sequence, length in lengths.items():
-            if length == 0 and (seen := self._of_text.get(sequence, {}).get(self._kinds[sequence])):
-                seen.fade(KEPT_OF_TEXT)  # until it is like the others, and tried again if they are
-        return lengths
+        best, rate, useful, steps, begin = 0, tokens / cost.seconds(tokens), float(tokens), 0, 0.0
+        for number, (gain, nth, sequence) in enumerate(gains, 1):
+            useful -= gain
+            if offers[sequence].kind == BY_MODEL:
+                steps = max(steps, nth)
+                begin += offers[sequence].begin_seconds if nth == 1 else 0.0
+            now = useful / (cost.seconds(tokens + number, steps) + begin)
+            if now > rate:
+                best, rate = number, now
+        lengths = Counter(sequence for _, _, sequence in gains[:best])
+        return rate, {sequence: replace(offers[sequence], tokens=length) for sequence, length in lengths.items()}
 
-    def _probe(self, cost: PassCost, tokens: int, gains: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
-        """What fills one more micro-batch, once as much time has passed as makes it cheap."""
-        filling = gains[: cost.tokens - tokens % cost.tokens]
+    def _probe(self, cost: PassCost, tokens: int, offers: Mapping[int, Sequence[Offer]]) -> dict[int, Offer]:
+        """A few tokens of a model for a text that is ready, once as much time has passed as makes them cheap."""
+        by_model = [(each, s) for s, theirs in offers.items() for each in theirs if each.kind == BY_MODEL]
+        room = cost.tokens * cost.micro_batches - tokens
+        if not by_model or room < 1:
+            return {}
+        offer, sequence = min(by_model, key=lambda found: (found[0].begin_seconds, found[1]))
+        offer = replace(offer, tokens=min(offer.tokens, PROBED_TOKENS, room))
         without = cost.seconds(tokens)
-        extra = cost.seconds(tokens, len(filling)) - without
+        extra = cost.seconds(tokens + offer.tokens, offer.tokens) + offer.begin_seconds - without
         self._unspent += PROBING * without
         if self._unspent < extra:
-            return []
+            return {}
         self._unspent = 0.0
-        return filling
+        return {sequence: offer}
 
 
 @dataclass(slots=True)
 class _Seen:
-    """Tokens that were tried, and those of them that were right, the latest counting most."""
+    """Tokens that were drafted, and those of them that were right, the latest counting most."""
 
     right: float
     tried: float
@@ -184,15 +217,6 @@ class _Seen:
         self.right, self.tried = self.right * kept, self.tried * kept
 
 
-def _prior() -> _Seen:
-    return _Seen(PRIOR * PRIOR_TOKENS, PRIOR_TOKENS)
-
-
-def _best(cost: PassCost, tokens: int, gains: list[tuple[float, int, int]]) -> int:
-    """How many of ``gains``, the highest first, make the most tokens per second; of equals the fewest."""
-    best, rate, useful = 0, tokens / cost.seconds(tokens), float(tokens)
-    for number, (gain, _, _) in enumerate(gains, 1):
-        useful -= gain
-        if useful / cost.seconds(tokens, number) > rate:
-            best, rate = number, useful / cost.seconds(tokens, number)
-    return best
+def _prior(kind: int) -> _Seen:
+    prior = PRIOR_BY_MODEL if kind == BY_MODEL else PRIOR
+    return _Seen(prior * PRIOR_TOKENS, PRIOR_TOKENS)

@@ -18,7 +18,7 @@ from tierstore.drafting import PassCost
 from tierstore.errors import CapacityError, PageLostError, StoreReadError
 from tierstore.hf.batch.choosing import Chooser
 from tierstore.hf.batch.slices import Slice
-from tierstore.jobs.drafts import Drafting, LookupDrafter
+from tierstore.jobs.drafts import Drafting
 from tierstore.jobs.encoding import Encoder
 from tierstore.jobs.engine import MOST_TRIES, Engine
 from tierstore.jobs.rows import BadRow, Row
@@ -38,7 +38,7 @@ def engine_of(model: ToyModel, *, sequences: int = 5, micro_batches: int = 2, **
 
 def drafting_of(model: ToyModel, *, always: bool, micro_batches: int = 2) -> Drafting:
     cost = PassCost(model.tokens, micro_batches, compute_seconds=1.0, transfer_seconds=3.0)
-    return Drafting(LookupDrafter(), cost, always=always)
+    return Drafting(cost, always=always)
 
 
 def answers_of(engine: Engine, rows: Iterable[Row | BadRow | None], **options: Any) -> list[Finished | Failed]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from tierstore.backends import Backend
 from tierstore.batch_plan import BatchPlan
 from tierstore.budget import Budget
-from tierstore.errors import CheckpointError, DeviceError, ModuleError
-from tierstore.jobs.drafts import Drafting, LookupDrafter
+from tierstore.errors import CheckpointError, ModuleError, PlanError
+from tierstore.jobs.draft_model import OpenDraft, beside, open_draft
+from tierstore.jobs.drafts import Drafting, ModelDrafter
 from tierstore.jobs.encoding import Encoder, end_tokens
 from tierstore.jobs.engine import Counts, Engine
 from tierstore.jobs.models import Prepared, divide_alone, prepare_alone, prepare_side_by_side
@@ -70,30 +71,34 @@ def open_job(settings: JobSettings, workload: Workload, *, tokens: int | None = 
     """A job within the ``with``, at whose end everything is released. ``tokens`` of a micro-batch are those of an
     earlier run of the job, None where there was none.
 
-    Raises what ``tierstore.load`` raises, ``PlanError`` where no KV cache fits beside the weights, and ``DeviceError``
-    for what is asked for and cannot be had."""
-    if settings.draft is not None:
-        raise DeviceError("a draft model cannot be used yet: leave draft out, and let the text itself suggest tokens")
-    opening = _Opening(settings, workload)
-    with load_divided(
-        settings.model,
-        settings.budget,
-        opening.divide,
-        device=settings.device,
-        dtype=settings.dtype,
-        kv_format=settings.kv_format,
-        store=settings.store,
-        trust_remote_code=settings.trust_remote_code,
-    ) as session:
+    Raises what ``tierstore.load`` raises, ``PlanError`` where no KV cache fits beside the weights, and ``ModuleError``
+    for what the model cannot do."""
+    with ExitStack() as closing:
+        opening = _Opening(settings, workload, closing)
+        try:
+            session = load_divided(
+                settings.model,
+                settings.budget,
+                opening.divide,
+                device=settings.device,
+                dtype=settings.dtype,
+                kv_format=settings.kv_format,
+                store=settings.store,
+                trust_remote_code=settings.trust_remote_code,
+            )
+        except PlanError as error:
+            raise beside(error, opening.draft) from error
+        closing.enter_context(session)
         yield opening.finish(session, settings.tokens if tokens is None else tokens)
 
 
 class _Opening:
-    """What is known of a job while its model is being opened."""
+    """What is known of a job while its model is being opened. ``closing`` closes what is opened besides."""
 
-    def __init__(self, settings: JobSettings, workload: Workload) -> None:
-        self._settings, self._workload = settings, workload
+    def __init__(self, settings: JobSettings, workload: Workload, closing: ExitStack) -> None:
+        self._settings, self._workload, self._closing = settings, workload, closing
         self._notes: list[str] = []
+        self.draft: OpenDraft | None = None
 
     def divide(self, checkpoint: Checkpoint, backend: Backend) -> Budget:
         """The budget, with bytes for a KV cache in pages where the user gave it none and the model can use one."""
@@ -115,7 +120,7 @@ class _Opening:
         self._unified = backend.engine.unified
         self._job, longest = self._workload.measure(self._encoder, PAGE_TOKENS, self._positions)
         self._alone = why_not_tokens(module)
-        budget, form = settings.budget, settings.kv_format
+        budget, form = self._beside_draft(longest), settings.kv_format
         sequences = min(self._job.sequences, settings.sequences or self._job.sequences)
         if self._alone:
             why = self._alone.removesuffix(f": {WITHOUT}")
@@ -134,6 +139,20 @@ class _Opening:
             kv: Any = {"kv_hbm": split.kv_hbm, "kv_ram": split.kv_ram, "kv_nvme": budget.kv_nvme}
             budget = Budget(split.hbm, split.ram, budget.nvme, **kv)
         return budget
+
+    def _beside_draft(self, longest: int) -> Budget:
+        """The budget without what a draft model takes, which is opened now, where there is one."""
+        settings = self._settings
+        if settings.draft is None:
+            return settings.budget
+        if self._alone:
+            raise ModuleError(
+                f"a draft model cannot be used, as products of one token add up in another order than those of several "
+                f"drafted ones, and texts would change: {self._alone}; leave draft out"
+            )
+        self.draft = self._closing.enter_context(open_draft(settings, self._encoder, self._job, longest))
+        self._notes.append(self.draft.note)
+        return replace(settings.budget, hbm=settings.budget.hbm - self.draft.nbytes)
 
     def finish(self, session: Session, tokens: int | None) -> OpenJob:
         """The job in ``session``, with micro-batches of ``tokens`` tokens, or as many as are fastest."""
@@ -169,7 +188,8 @@ class _Opening:
                 "speculate is 'lookup', and drafted tokens cannot be taken back from what this model keeps of a text: "
                 "choose 'auto' or 'off'"
             )
-        return Drafting(LookupDrafter(), ready.cost, always=speculate == "lookup")
+        model = None if self.draft is None else ModelDrafter(self.draft.model)
+        return Drafting(ready.cost, always=speculate == "lookup", model=model)
 
     def _inexact(self, session: Session, ready: Prepared) -> Iterator[str]:
         from tierstore.hf.batch.support import why_not_exact

@@ -114,6 +114,10 @@ class Sample:
             if self.reason or number == len(drafted) or token != drafted[number]:
                 return
 
+    def choose(self, logits: Tensor, drafted: Sequence[int]) -> int:
+        """The token that ``logits`` [vocabulary] would give it after ``drafted`` ones: it stays as it is."""
+        return self._chooser.choose(logits, [*self.tokens, *drafted])
+
     def finished(self) -> Finished:
         """The result."""
         assert self.reason is not None, "it has ended"

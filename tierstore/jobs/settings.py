@@ -23,7 +23,8 @@ class JobSettings:
 
     ``sequences`` bounds how many texts are generated at once, ``tokens`` is how many tokens a micro-batch has: None
     for what is fastest. ``speculate`` tries tokens that the text itself suggests ("lookup"), where that pays ("auto"),
-    or never ("off"); ``draft`` is the checkpoint of a small model that suggests them. Raises ``BudgetError``.
+    or never ("off"); with "auto" ``draft`` may be the checkpoint of a small model that suggests them too, which is
+    whole in ``hbm``. Raises ``BudgetError``.
     """
 
     model: str | os.PathLike[str]
@@ -47,6 +48,8 @@ class JobSettings:
         for name, value in (("sequences", self.sequences), ("tokens", self.tokens)):
             if value is not None and value < 1:
                 raise BudgetError(f"{name} is {value}: give at least 1, or leave it out")
+        if self.draft is not None and self.speculate != "auto":
+            raise BudgetError(f"a draft model is given and speculate is {self.speculate!r}: leave one of the two out")
         if self.budget.activations is not None:
             raise BudgetError(
                 "a job cuts its passes into micro-batches by itself: leave Budget.activations out, and set tokens to "
