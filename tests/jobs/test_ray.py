@@ -72,7 +72,7 @@ def test_a_job_that_is_stopped_killed_and_loses_a_worker(
     def stop(now: JobProgress) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(JobInterrupted, match="1 of 11 rows"):  # the one that no worker is needed for
+    with pytest.raises(JobInterrupted, match=f"1 of {len(ROWS)} rows"):  # the one that no worker is needed for
         run(prompts, results, settings, engine="ray", workers=1, progress=stop)
 
     program = Path(__file__).with_name("ray_killed.py")

@@ -287,12 +287,17 @@ def test_rows_of_lost_workers_start_anew_and_what_comes_twice_counts_once(tmp_pa
 
 
 def test_workers_that_are_lost_at_once_end_the_job(tmp_path: Path) -> None:
+    from ray.data.exceptions import ExecutionTimeoutError
     from ray.exceptions import RayError
 
     path = write_rows(tmp_path / "prompts", LINES)
     told: Any
-    for told in (RayError("it was\nlost"), []):
-        with PromptFile(path, DEFAULTS) as prompts, pytest.raises(DeviceError, match="any of the 8 rows"):
+    for told, why in (
+        (RayError("it was\nlost"), r" \(RayError: lost\): see"),
+        (ExecutionTimeoutError("x"), r" \(none of them gave a sign for 600 s\): see"),
+        ([], ": see"),
+    ):
+        with PromptFile(path, DEFAULTS) as prompts, pytest.raises(DeviceError, match=f"any of the 8 rows .* left{why}"):
             list(job_of(Rounds([[told]])).answer(prompts, lambda line: False, lambda row: (0,)))
 
 

@@ -26,6 +26,7 @@ try:
     import ray
     import ray.data
     from ray.data import ActorPoolStrategy
+    from ray.data.exceptions import ExecutionTimeoutError
 except ImportError as missing:
     raise DeviceError(f"--engine ray needs {missing.name}: pip install 'tierstore[ray]'") from None
 
@@ -34,6 +35,8 @@ from tierstore.jobs.ray_worker import Worker, choose
 
 MOST_LOST = 4
 """So often each worker may be lost and replaced before all of them are started anew."""
+SILENT_SECONDS = 600
+"""All workers are started anew when none of them, nor the file of prompts, gave a sign for so long."""
 MOST_BAD = 1000
 """Rows that cannot be answered, written at once."""
 
@@ -90,7 +93,7 @@ class RayJob:
                     yield fresh
                     if message.error is not None:
                         raise message.error
-            except ray.exceptions.RayError as error:
+            except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
                 lost = error
             if not finished:
                 raise DeviceError(
@@ -106,7 +109,7 @@ class RayJob:
             dataset = ray.data.read_datasource(Prompts(wanted, flow.rows), override_num_blocks=1, num_cpus=0)
             context = dataset.context
             context.enable_progress_bars = context.print_on_execution_start = False
-            context.execution_no_progress_timeout_s = -1
+            context.execution_no_progress_timeout_s = SILENT_SECONDS
             context.target_max_block_size = 1  # a block for each message, which Ray passes on at once
             context.max_errored_blocks = flow.chunks * flow.workers * MOST_LOST
             answered = dataset.map_batches(
@@ -160,8 +163,12 @@ def _anywhere(settings: JobSettings, shares: Spread) -> JobSettings:
 
 def _why(error: Exception | None) -> str:
     """The last line of what Ray says, which is where the cause stands."""
-    lines = str(error or "").strip().splitlines() or [""]
-    return f" ({type(error).__name__}: {lines[-1].strip()[:300]})" if error is not None else ""
+    if error is None:
+        return ""
+    if isinstance(error, ExecutionTimeoutError):
+        return f" (none of them gave a sign for {SILENT_SECONDS} s)"
+    lines = str(error).strip().splitlines() or [""]
+    return f" ({type(error).__name__}: {lines[-1].strip()[:300]})"
 
 
 def _measured(settings: JobSettings, workload: Workload, shares: Spread) -> tuple[int, tuple[str, ...]]:
