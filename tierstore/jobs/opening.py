@@ -156,6 +156,8 @@ class _Opening:
 
     def finish(self, session: Session, tokens: int | None) -> OpenJob:
         """The job in ``session``, with micro-batches of ``tokens`` tokens, or as many as are fastest."""
+        from tierstore.hf.batch.widened import why_widened
+
         settings, known = self._settings, self._encoder.vocabulary
         if self._alone:
             ready = prepare_alone(
@@ -166,6 +168,8 @@ class _Opening:
             ready = prepare_side_by_side(
                 session, self._job, sizes, vocabulary=known, positions=self._positions, unified=self._unified
             )
+            if why := why_widened(session.module):
+                self._notes.append(why)
         engine = Engine(
             ready.model,
             self._encoder,

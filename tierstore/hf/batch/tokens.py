@@ -17,6 +17,7 @@ from tierstore.hf.batch.passes import MicroPass, Passing
 from tierstore.hf.batch.sequences import Growth, Sequences
 from tierstore.hf.batch.slices import Slice
 from tierstore.hf.batch.support import check
+from tierstore.hf.batch.widened import Widened
 from tierstore.hf.kv.attending import attending, attention_configs
 from tierstore.hf.kv.memory import KvMemory
 from tierstore.hf.splitting import Forward
@@ -50,6 +51,7 @@ class TokenModel:
         self._forward = Forward(inspect.signature(module.forward).parameters, module.config)
         self._configs = attention_configs(module)
         self._attention = register()
+        self._widened = Widened(module)
         self._windows = {each.layer: each.window for each in memory.layers}
         self._by_layer = True  # as the last pass went that had several micro-batches
 
@@ -139,7 +141,8 @@ class TokenModel:
         return self._sequences.holding(self._lost(error))
 
     def close(self) -> None:
-        """End all sequences. Idempotent."""
+        """End all sequences, and leave the module as it was found. Idempotent."""
+        self._widened.close()
         for sequence in self._sequences:
             self._sequences.remove(sequence)
         self.memory.forget_freed()
@@ -147,7 +150,7 @@ class TokenModel:
     def _logits(self, passing: Passing, slices: int) -> list[Tensor]:
         """Run the calls of a pass; the logits that each slice wants."""
         calls = [self._call(each) for each in passing.micro_batches]
-        with torch.no_grad(), attending(self._configs, self._attention):
+        with torch.no_grad(), attending(self._configs, self._attention), self._widened.used():
             outputs = self._together(calls)
         if len(passing.micro_batches) > 1:
             self._by_layer = passing.order[1] == 1

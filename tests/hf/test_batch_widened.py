@@ -1,0 +1,97 @@
+"""Products of 16-bit floats made float32 a piece at a time: right, row by row, and gone without a trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tierstore.hf.batch import widened
+from tierstore.hf.batch.widened import Widened, why_widened
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU that lacks what this one may have."""
+    monkeypatch.setattr(widened, "_is_slow", lambda weight: weight.dtype in (torch.bfloat16, torch.float16))
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "columns", "features", "bias"), [(1, 7, 5, True), (40, 96, 70, False), (16, 9, 1, True)]
+)
+def test_it_is_the_float32_sum_rounded_once(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, columns: int, features: int, bias: bool
+) -> None:
+    monkeypatch.setattr(widened, "PIECE_ELEMENTS", 1600)  # several pieces
+    torch.manual_seed(0)
+    linear = nn.Linear(columns, features, bias=bias, dtype=dtype)
+    given = torch.randn(2, rows, columns, dtype=dtype)
+    ways = Widened(linear)
+    with torch.no_grad(), ways.used():
+        found = linear(given)
+        wide = copy.deepcopy(linear).float()
+    ways.close()
+    with torch.no_grad():
+        exact = wide(given.float())
+    assert found.dtype == dtype
+    assert found.is_contiguous()
+    torch.testing.assert_close(found.float(), exact, rtol=2.0**-7 if dtype == torch.bfloat16 else 2.0**-10, atol=1e-5)
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [8, 16, 40])
+def test_bits_of_a_row_depend_on_that_row(rows: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.manual_seed(1)
+        linear = nn.Linear(192, 130, dtype=torch.bfloat16)
+        given, others = torch.randn(2, rows, 192, dtype=torch.bfloat16).unbind()
+        order = torch.randperm(rows)
+        others[rows // 2] = given[0]
+        ways = Widened(linear)
+        with torch.no_grad(), ways.used():
+            found = linear(given)
+            assert torch.equal(linear(given[order]), found[order])
+            assert torch.equal(linear(others)[rows // 2], found[0])
+        ways.close()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("slow")
+def test_modules_are_left_as_they_were_found() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16), nn.Linear(8, 8))
+    before = [dict(each.__dict__) for each in model]
+    assert "bfloat16" in why_widened(model)
+    ways = Widened(model)
+    assert "forward" in model[0].__dict__
+    assert "forward" not in model[1].__dict__
+    ways.close()
+    ways.close()
+    assert [dict(each.__dict__) for each in model] == before
+
+
+@pytest.mark.usefixtures("slow")
+def test_gradients_are_torchs_own() -> None:
+    linear = nn.Linear(8, 8, dtype=torch.bfloat16)
+    ways = Widened(linear)
+    given = torch.randn(3, 8, dtype=torch.bfloat16)
+    with torch.no_grad():
+        plain = linear(given)
+    with ways.used():
+        linear(given).sum().backward()
+    ways.close()
+    with torch.no_grad():
+        assert torch.equal(linear(given), plain)
+    assert linear.weight.grad is not None
+
+
+def test_what_torch_is_fast_with_is_left_alone() -> None:
+    assert why_widened(nn.Linear(8, 8)) == ""
+    assert why_widened(nn.Linear(8, 8, dtype=torch.bfloat16, device="meta")) == ""
