@@ -33,7 +33,7 @@ def why_widened(module: nn.Module) -> str:
 
 
 class Widened:
-    """Stands for the forward of the linear layers of ``module`` that torch would be slow with, within ``used`` and until
+    """Stands for the forward of those linear layers of ``module`` that torch is slow with: within ``used``, until
     ``close``.
 
     Each output is the float32 sum, rounded once; its bits depend on its row and on how many rows there are."""
