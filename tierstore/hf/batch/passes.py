@@ -135,7 +135,7 @@ class MicroPass:
             passing.memory.kinds, tables, passing.writings, passing.blocks, strict=True
         ):
             spans = Spans(micro_batch, pages, kind.table.page_tokens, kind.window)
-            visits = plan_visits(tiles, spans, kind.open, blocks.most)
+            visits = plan_visits(tiles, spans, kind.open, most=blocks.most, few=blocks.few)
             self.shares.append(Share(writing.targets(micro_batch), visits))
 
     def kind_of(self, layer: int) -> KvKind:

@@ -9,15 +9,12 @@ from typing import Any
 from torch import nn
 
 from tierstore.errors import ModuleError
+from tierstore.hf.batch.known import KNOWN
 from tierstore.hf.kv.memory import KvMemory
 from tierstore.hf.kv.shapes import layers_of
 from tierstore.hf.splitting import Forward
 from tierstore.kernels.paged_attention.tiles import BLOCK_TOKENS
 
-KNOWN = frozenset(
-    ["falcon", "gemma2", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "llama", "mistral", "qwen2", "qwen3"]
-)
-"""Types of models that were compared with themselves, sequence by sequence."""
 LAYERS = ("full_attention", "sliding_attention")
 ROPES = ("default", "linear", "yarn", "llama3", "proportional")
 """Rotations that depend on a token's own position only: not on the longest of the batch."""

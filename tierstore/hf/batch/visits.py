@@ -83,8 +83,10 @@ class Spans:
         return ((block, tuple(seen[block * size : (block + 1) * size])) for block in range(first, last + 1))
 
 
-def plan_visits(tiles: Mapping[int, Sequence[Tile]], spans: Spans, unclosed: Container[int], most: int) -> list[Visit]:
-    """Visits of at most ``most`` blocks that show each tile its blocks in ascending order.
+def plan_visits(
+    tiles: Mapping[int, Sequence[Tile]], spans: Spans, unclosed: Container[int], *, most: int, few: int
+) -> list[Visit]:
+    """Visits of at most ``most`` blocks, looks of at most ``few``, that show each tile its blocks in ascending order.
 
     ``tiles`` are by their number of queries; tiles that look at the same pages look at one block."""
     blocks: dict[int, dict[tuple[int, Pages], list[int]]] = {}
@@ -95,7 +97,7 @@ def plan_visits(tiles: Mapping[int, Sequence[Tile]], spans: Spans, unclosed: Con
     found: list[Visit] = []
     room: list[tuple[Look, list[Pages]]] = []
     used = 0
-    for look, theirs in (each for block in sorted(blocks) for each in _looks(block, blocks[block], most)):
+    for look, theirs in (each for block in sorted(blocks) for each in _looks(block, blocks[block], min(few, most))):
         if used + look.blocks > most:
             found.append(_visit(room, unclosed))
             room, used = [], 0
@@ -106,9 +108,9 @@ def plan_visits(tiles: Mapping[int, Sequence[Tile]], spans: Spans, unclosed: Con
 
 
 def _looks(
-    block: int, groups: Mapping[tuple[int, Pages], Sequence[int]], most: int
+    block: int, groups: Mapping[tuple[int, Pages], Sequence[int]], few: int
 ) -> Iterator[tuple[Look, list[Pages]]]:
-    """Tiles that share a block, then those that are alone with theirs, up to ``most`` at once."""
+    """Tiles that share a block, then those that are alone with theirs, up to ``few`` at once."""
     alone: dict[int, list[tuple[int, Pages]]] = {}
     for (queries, pages), numbers in groups.items():
         if len(numbers) > 1:
@@ -116,8 +118,8 @@ def _looks(
         else:
             alone.setdefault(queries, []).append((numbers[0], pages))
     for queries, each in alone.items():
-        for start in range(0, len(each), most):
-            some = each[start : start + most]
+        for start in range(0, len(each), few):
+            some = each[start : start + few]
             yield Look(queries, tuple(n for n, _ in some), block, 0, shared=False), [pages for _, pages in some]
 
 
