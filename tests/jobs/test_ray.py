@@ -32,20 +32,21 @@ def cluster() -> Iterator[str]:
     """The address of a cluster of this machine, for two workers of a CPU each."""
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # sockets are in it, whose names must be short
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            context = ray.init(
-                "local",
-                num_cpus=2,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=100 << 20,
-                _temp_dir=folder,
-            )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                context = ray.init(
+                    "local",
+                    num_cpus=2,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=100 << 20,
+                    _temp_dir=folder,
+                )
+        except Exception as error:  # where shared memory is small, ports are closed, or it takes too long
+            pytest.skip(f"Ray does not start here: {error}")
         yield context.address_info["address"]
-    except (OSError, RuntimeError, ValueError) as error:
-        pytest.skip(f"Ray does not start here: {error}")
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)

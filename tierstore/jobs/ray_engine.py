@@ -143,6 +143,11 @@ def open_ray_job(
 
     Raises ``DeviceError`` for a cluster that has not what is asked for, and what that worker raises."""
     with _connected(), _quiet():
+        if ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
+            raise DeviceError(
+                "Ray is connected through its client, and the files of a job are then not where its tasks run: run it "
+                "on a machine of the cluster"
+            )
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         shares = spread(nodes, settings.device, workers)
         settings = _anywhere(settings, shares)
@@ -194,20 +199,17 @@ def _is_fresh(each: Finished | Failed, skip: Skip, missing: Missing) -> bool:
 @contextmanager
 def _connected() -> Iterator[None]:
     """Ray, as it is, or for as long as the ``with`` lasts."""
-    if ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
-        raise DeviceError(
-            "Ray is connected through its client, and the files of a job are then not where its tasks run: run it on a "
-            "machine of the cluster"
-        )
     if ray.is_initialized():
         yield
         return
     try:
-        with _unwarned():
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DeviceError(f"Ray does not start: {error}: check its address, or the memory of this machine") from error
-    try:
+        try:
+            with _unwarned():
+                ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # a start that takes too long is just an Exception
+            raise DeviceError(
+                f"Ray does not start{_why(error)}: check its address, or the memory of this machine"
+            ) from error
         yield
     finally:
         ray.shutdown()
