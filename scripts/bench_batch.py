@@ -32,8 +32,8 @@ from tierstore.budget import format_nbytes
 
 LINEAR_GOAL, BOUND_GOAL, ACCELERATE_GOAL, PREDICTED_GOAL, DRAFTED_GOAL = 0.9, 0.85, 3.0, 0.15, 1.8
 PARTS = ("batch", "accelerate", "drafts")
-SIZES, SMOKE_SIZES = (1, 4, 16, 32, 64), (2,)
-ACCELERATE_SIZES, SMOKE_ACCELERATE_SIZES = (16, 64, 256), (2,)
+SIZES, SMOKE_SIZES = (1, 8, 32), (2,)
+ACCELERATE_SIZES, SMOKE_ACCELERATE_SIZES = (16, 48), (2,)
 PROMPT_TOKENS = 16
 WEIGHTS_SHARE = 4
 """Of a model whose drafts are measured, one part in so many may stand in memory."""
@@ -104,7 +104,7 @@ class Bench:
         for size in SMOKE_ACCELERATE_SIZES if self._smoke else ACCELERATE_SIZES:
             try:
                 what = f"Accelerate, batch of {size}"
-                done = self._measure(what, kind="accelerate_batch", capped=True, rows=size, steps=4, hbm=self.hbm)
+                done = self._measure(what, kind="accelerate_batch", capped=True, rows=size, steps=4, length=2)
                 found[size] = done["tokens_per_second"]
                 self.rows.append(Row(f"Accelerate disk offload, batch of {size}", f"{found[size]:.2f} tokens/s"))
             except ChildError as error:
@@ -192,9 +192,9 @@ def arguments() -> argparse.Namespace:
     """The command line, checked."""
     parser = parser_for(__doc__, timeout=300)
     parser.add_argument("--hbm", type=nbytes, help="of weights and KV together (default: the cap - 700 MiB)")
-    parser.add_argument("--kv-hbm", type=nbytes, default=256 << 20, help="of KV in that (default: 256MiB)")
-    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="batches (default: 1 4 16 32 64)")
-    parser.add_argument("--tokens", type=int, default=12, help="of each text (default: 12)")
+    parser.add_argument("--kv-hbm", type=nbytes, default=512 << 20, help="of KV in that (default: 512MiB)")
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="batches (default: 1 8 32)")
+    parser.add_argument("--tokens", type=int, default=24, help="of each text (default: 24)")
     parser.add_argument("--prompts", type=int, default=8, help="whose texts are drafted (default: 8)")
     parser.add_argument("--drafted", type=int, default=96, help="tokens of each of these texts (default: 96)")
     parser.add_argument("--draft-hbm", type=nbytes, default=64 << 20, help="of weights then (default: 64MiB)")
