@@ -117,7 +117,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=16, help="of each text (default: 16)")
     parser.add_argument("--hbm", type=nbytes, default=128 << 20, help="bytes of weights (default: 128MiB)")
     parser.add_argument("--kv-hbm", type=nbytes, default=256 << 20, help="bytes of KV (default: 256MiB)")
-    parser.add_argument("--longest", type=float, help="seconds from a start to a kill, at most (default: a whole job's)")
+    parser.add_argument("--longest", type=float, help="seconds from start to kill, at most (default: a job's)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch (default: every core)")
     parser.add_argument("--folder", type=Path, help="where the job's files go (default: a temporary folder)")
