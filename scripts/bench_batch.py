@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""Generates in batches of several sizes with a checkpoint larger than a memory cap, and says how near to the limit of
-the processor that comes; beside Accelerate's disk offload. Then drafted tokens, with a small model streamed from disk.
+"""Generates in batches with a checkpoint larger than a memory cap, and says how near to the processor's limit it comes.
+
+Accelerate's disk offload is measured beside; then drafted tokens, with a small model streamed from disk.
 
 Each process runs alone, that of a checkpoint below the cap (page cache included) with caches dropped first. Needs root
 for that. Prints a table and, last, one line of JSON.
