@@ -36,8 +36,8 @@ PARTS = ("batch", "accelerate", "drafts")
 SIZES, SMOKE_SIZES = (1, 8, 32), (2,)
 ACCELERATE_SIZES, SMOKE_ACCELERATE_SIZES = (16, 48), (2,)
 PROMPT_TOKENS = 16
-WEIGHTS_SHARE = 4
-"""Of a model whose drafts are measured, one part in so many may stand in memory."""
+DRAFT_CACHE_NBYTES = 16 << 20
+"""What the draft model may take beside its weights, so that the large one has as much as without it."""
 
 
 class Bench:
@@ -123,10 +123,12 @@ class Bench:
         checkpoint = checkpoint_of("bench_batch", argparse.Namespace(checkpoint=None, smoke=self._smoke), self._scratch)
         prompts = self._scratch / "prompts.jsonl"
         _write_prompts(prompts, 1 if self._smoke else self._chosen.prompts)
-        ways = ["off", "auto", *(["auto:" + str(self._packed(checkpoint))] if not self._smoke else [])]
+        ways = {"off": ("off", 0), "auto": ("auto", 0)}
+        if not self._smoke:
+            draft, nbytes = self._packed(checkpoint)
+            ways["auto with a draft model"] = (f"auto:{draft}", nbytes + DRAFT_CACHE_NBYTES)
         done: dict[str, dict[str, Any]] = {}
-        for way in ways:
-            name = way.partition(":")[0] + (" with a draft model" if ":" in way else "")
+        for name, (way, beside) in ways.items():
             done[name] = self._measure(
                 f"drafts {name}",
                 kind="speculate",
@@ -135,7 +137,7 @@ class Bench:
                 form=way,
                 out=str(prompts),
                 steps=8 if self._smoke else self._chosen.drafted,
-                hbm=self._chosen.draft_hbm,
+                hbm=self._chosen.draft_hbm + beside,
                 kv_hbm=8 << 20 if self._smoke else 128 << 20,
             )
         plain = done["off"]
@@ -149,12 +151,12 @@ class Bench:
             if name != "off":
                 self.rows.append(Row(f"drafts {name}: texts equal", "yes" if same else "no", "yes", same))
 
-    def _packed(self, checkpoint: Path) -> Path:
+    def _packed(self, checkpoint: Path) -> tuple[Path, int]:
+        """The model as it drafts for itself, and its bytes."""
         out = self._scratch / "draft"
-        self._measure(
-            "pack the draft model", kind="pack", capped=False, checkpoint=str(checkpoint), form="int4", out=str(out)
-        )
-        return out
+        given = {"checkpoint": str(checkpoint), "form": "int4", "out": str(out)}
+        found = self._measure("pack the draft model", kind="pack_draft", capped=False, **given)
+        return out, found["nbytes"]
 
     def _measure(self, what: str, *, capped: bool, **changes: Any) -> dict[str, Any]:
         say(what)
@@ -168,7 +170,7 @@ def _steady(found: dict[str, Any], size: int) -> float:
     passes = [after[0] - before[0] for before, after in pairwise(found["moments"]) if after[1] - before[1] == size]
     if not passes:
         raise ChildError(f"a batch of {size} had no pass in which all of its sequences generate: raise --tokens")
-    return size / statistics.median(passes)
+    return float(size / statistics.median(passes))
 
 
 def _whole(found: dict[str, Any]) -> float:

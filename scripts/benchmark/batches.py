@@ -23,6 +23,7 @@ from tierstore.jobs.running import run
 from tierstore.jobs.samples import Finished
 from tierstore.jobs.settings import JobSettings
 from tierstore.jobs.workload import Workload
+from tierstore.packing import pack
 from tierstore.sampling import Sampling
 
 
@@ -88,6 +89,16 @@ def accelerate_batch(job: Job) -> dict[str, Any]:
     return {"seconds": seconds, "tokens_per_second": job.rows / statistics.median(seconds[1:])}
 
 
+def pack_draft(job: Job) -> dict[str, Any]:
+    """The checkpoint in bfloat16, packed as ``form`` into ``out``, to draft for itself."""
+    done = pack(job.checkpoint, job.out, format=job.form, dtype=DRAFTED)
+    return {"nbytes": done.nbytes, "seconds": done.seconds}
+
+
+DRAFTED = "bfloat16"
+"""The dtype of the model whose texts are drafted."""
+
+
 def speculate(job: Job) -> dict[str, Any]:
     """Texts of the file of prompts ``out``, one after another, with the way to draft that ``form`` says."""
     way, _, draft = job.form.partition(":")
@@ -95,7 +106,7 @@ def speculate(job: Job) -> dict[str, Any]:
         model=job.checkpoint,
         budget=Budget(job.hbm, kv_hbm=job.kv_hbm),
         device="cpu",
-        dtype="float32" if job.groups else None,
+        dtype=DRAFTED,
         store=job.out + ".store",
         defaults=Sampling.checked(max_new_tokens=job.steps),
         sequences=1,

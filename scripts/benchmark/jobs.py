@@ -230,6 +230,7 @@ JOBS: dict[str, Callable[[Job], dict[str, Any]]] = {
         fits,
         batches.batch,
         batches.accelerate_batch,
+        batches.pack_draft,
         batches.speculate,
     )
 }
