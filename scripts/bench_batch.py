@@ -35,7 +35,8 @@ LINEAR_GOAL, BOUND_GOAL, ACCELERATE_GOAL, PREDICTED_GOAL, DRAFTED_GOAL = 0.9, 0.
 PARTS = ("batch", "accelerate", "drafts")
 SIZES, SMOKE_SIZES = (1, 8, 32), (2,)
 ACCELERATE_SIZES, SMOKE_ACCELERATE_SIZES = (16, 48), (2,)
-PROMPT_TOKENS = 16
+PROMPT_TOKENS = 2
+"""Few, so that what is measured is how texts are generated."""
 DRAFT_CACHE_NBYTES = 16 << 20
 """What the draft model may take beside its weights, so that the large one has as much as without it."""
 
