@@ -22,10 +22,6 @@ from tierstore.jobs import JobInterrupted, JobProgress, run
 
 ray = pytest.importorskip("ray")
 
-pytestmark = [
-    pytest.mark.timeout(400),
-]
-
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
@@ -65,7 +61,16 @@ def workers() -> list[psutil.Process]:
     return [process for process in found if " ".join(process.cmdline()).startswith("ray::MapWorker")]
 
 
-def test_a_job_that_is_stopped_killed_and_loses_a_worker(
+def test_an_error_of_a_worker_is_raised_here(cluster: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    prompts, results = write_prompts(tmp_path), tmp_path / "results"
+    settings = settings_of(tiny_checkpoint, budget=Budget(hbm="1MiB"), tokens=None)
+    with pytest.raises(PlanError, match=r"raise Budget\.hbm to") as told:
+        run(prompts, results, settings, engine="ray", workers=1)
+    assert told.value.needed > 1 << 20
+    assert not results.exists()
+
+
+def test_a_job_that_is_stopped_and_killed_goes_on_without_ray_too(
     cluster: str, alone: dict[tuple[str, int], tuple[str, int]], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     prompts, results, settings = write_prompts(tmp_path), tmp_path / "results", settings_of(tiny_checkpoint)
@@ -75,13 +80,18 @@ def test_a_job_that_is_stopped_killed_and_loses_a_worker(
 
     with pytest.raises(JobInterrupted, match=f"1 of {len(ROWS)} rows"):  # the one that no worker is needed for
         run(prompts, results, settings, engine="ray", workers=1, progress=stop)
-
     program = Path(__file__).with_name("ray_killed.py")
     ended = subprocess.run([sys.executable, program, cluster, prompts, results, tiny_checkpoint], check=False)
     assert ended.returncode == -signal.SIGKILL
     done = texts_of(results)
     assert 0 < len(done) < TEXTS
+    run(prompts, results, settings)
+    assert texts_of(results) == alone
 
+
+def test_rows_of_a_killed_worker_start_anew(
+    cluster: str, alone: dict[tuple[str, int], tuple[str, int]], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     killed: list[int] = []
 
     def kill(now: JobProgress) -> None:
@@ -91,6 +101,7 @@ def test_a_job_that_is_stopped_killed_and_loses_a_worker(
             killed.append(worker.pid)
             worker.kill()
 
+    prompts, results, settings = write_prompts(tmp_path), tmp_path / "results", settings_of(tiny_checkpoint)
     report = run(prompts, results, settings, engine="ray", workers=2, progress=kill)
     assert killed
     assert texts_of(results) == alone
@@ -98,12 +109,3 @@ def test_a_job_that_is_stopped_killed_and_loses_a_worker(
     assert len((tmp_path / "results.errors").read_text().splitlines()) == FAILED
     assert report.notes == ("2 workers on Ray, each with 1 CPU",)
     assert report.generated_tokens > 0
-
-
-def test_an_error_of_a_worker_is_raised_here(cluster: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    prompts, results = write_prompts(tmp_path), tmp_path / "results"
-    settings = settings_of(tiny_checkpoint, budget=Budget(hbm="1MiB"), tokens=None)
-    with pytest.raises(PlanError, match=r"raise Budget\.hbm to") as told:
-        run(prompts, results, settings, engine="ray", workers=1)
-    assert told.value.needed > 1 << 20
-    assert not results.exists()
