@@ -11,7 +11,7 @@ from tests.jobs.made import good
 from tests.jobs.toy import END, VOCABULARY, ToyTokenizer
 from tierstore.errors import RowError
 from tierstore.jobs.encoding import Encoder, end_tokens
-from tierstore.jobs.rows import BadRow
+from tierstore.jobs.rows import BadRow, Row
 from tierstore.jobs.workload import Workload
 from tierstore.sampling import Sampling
 
@@ -61,7 +61,7 @@ def test_end_tokens_are_those_of_the_model_or_else_the_tokenizers(config: Any, e
 
 
 def test_a_job_is_judged_by_rows_that_will_not_fail() -> None:
-    rows = [
+    rows: list[Row | BadRow] = [
         good({"prompt": "abcdefghij", "max_new_tokens": 6}, 1),
         BadRow(2, None, "no row"),
         good({"prompt": "abcdefghxy", "max_new_tokens": 2, "n": 3}, 3),  # two pages are there by then
