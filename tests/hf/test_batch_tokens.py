@@ -189,6 +189,19 @@ def test_packed_pages_are_close(format: str, bound: float) -> None:
     assert 0 < (packed - exact)[-4:].abs().max() < bound * exact[-4:].std()
 
 
+def test_what_is_kept_of_a_sequence_is_packed() -> None:
+    prompt = some_tokens(200)
+    with token_model(decoder("LlamaForCausalLM", head_dim=32), format="int8") as batch:
+        sequence, _ = batch.add(prompt)
+        fed(batch, sequence, prompt, 200)
+        batch.seal(sequence, prompt)
+        assert len(batch.memory.kinds[0].open) == 16
+        batch.remove(sequence)
+        assert not batch.memory.kinds[0].open
+        assert batch.memory.usage().cells[0].open_cells == 0
+        assert batch.add(prompt)[1] == 192
+
+
 @pytest.mark.parametrize("below", [{}, {"kv_nvme": 1 << 20}])
 @pytest.mark.parametrize("format", [None, "int8"])
 def test_a_closed_page_goes_on(format: str | None, below: dict[str, Any], tmp_path: Path) -> None:
