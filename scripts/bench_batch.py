@@ -123,7 +123,10 @@ class Bench:
     def _drafts(self) -> None:
         checkpoint = checkpoint_of("bench_batch", argparse.Namespace(checkpoint=None, smoke=self._smoke), self._scratch)
         prompts = self._scratch / "prompts.jsonl"
-        _write_prompts(prompts, 1 if self._smoke else self._chosen.prompts)
+        if self._smoke:
+            prompts.write_text(json.dumps({"id": 0, "prompt": "one two one two "}) + "\n")
+        else:
+            _write_prompts(prompts, self._chosen.prompts)
         ways = {"off": ("off", 0), "auto": ("auto", 0)}
         if not self._smoke:
             draft, nbytes = self._packed(checkpoint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +83,7 @@ def test_interrupted_and_gone_on_with(
     def stop(now: JobProgress) -> None:
         shown.append(now)
         if now.done_rows > FAILED:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
 
     with pytest.raises(JobInterrupted) as stopped:
         run(prompts, results, settings_of(tiny_checkpoint), progress=stop)

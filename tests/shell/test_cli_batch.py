@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +77,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_script_is_the_same_command(
     def interrupted(journal: Journal) -> int:
         lines = commit(journal)
         if journal.done_rows == 2:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         return lines
 
     monkeypatch.setattr(Journal, "commit", interrupted)
