@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tests.hf.batches import (
@@ -25,7 +24,6 @@ from tests.hf.batches import (
 )
 from tests.hf.paged import decoder
 from tierstore.errors import CapacityError, ModuleError, PageLostError
-from tierstore.hf.batch.even import even_tokens
 from tierstore.hf.batch.slices import Slice
 from tierstore.hf.batch.support import why_not_exact, why_not_tokens
 from tierstore.hf.batch.tokens import TokenModel
@@ -421,21 +419,3 @@ def test_models_that_cannot_say_why() -> None:
         pass
     with pytest.raises(ModuleError, match="pages of 24"), token_model(decoder("LlamaForCausalLM"), page_tokens=24):
         pass
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("function", [F.silu, partial(F.gelu, approximate="tanh"), F.softplus])
-def test_even_rows_have_the_same_bits_everywhere(function: Any, count: int) -> None:
-    def rows_differ(tokens: int, width: int) -> bool:
-        row = torch.randn(width, generator=torch.Generator().manual_seed(width))
-        rows = row.expand(tokens, width).contiguous()
-        with threads(count):
-            found = function(rows)
-        return not torch.equal(found, found[:1].expand_as(found))
-
-    for width in (100, 2560, 3000):
-        tokens = even_tokens(torch.nn.Linear(1, width), 30, count)
-        assert tokens is not None
-        assert not rows_differ(tokens, width)
-    assert any(rows_differ(7, width) for width in range(101, 132))  # so there is something to be even for
-    assert even_tokens(decoder("LlamaForCausalLM", torch.bfloat16), 33, count) == 33
