@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import tierstore
+from tierstore import Budget
 from tierstore.hf.batch import widened
 from tierstore.hf.batch.widened import Widened, why_widened
 
@@ -95,3 +100,32 @@ def test_gradients_are_torchs_own() -> None:
 def test_what_torch_is_fast_with_is_left_alone() -> None:
     assert why_widened(nn.Linear(8, 8)) == ""
     assert why_widened(nn.Linear(8, 8, dtype=torch.bfloat16, device="meta")) == ""
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_weight_that_is_not_in_memory_is_brought_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widened, "PIECE_ELEMENTS", 64 * 16)
+    config = LlamaConfig(
+        vocab_size=16384,  # a table that rests on disk, and is the head as well
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+        dtype=torch.bfloat16,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    table = 16384 * 64 * 2
+    with tierstore.load(tmp_path, Budget(table + 4096), device="cpu") as session, torch.no_grad():
+        tokens = torch.arange(16)[None]
+        ways = Widened(session.module)
+        for _ in range(2):
+            session.module(input_ids=tokens)
+        moved = []
+        for way in (nullcontext, ways.used):
+            before = session.report().bytes_moved
+            with way():
+                session.module(input_ids=tokens)
+            moved.append(session.report().bytes_moved - before)
+        ways.close()
+    assert moved[1] <= moved[0] + table // 2

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tierstore.binding.forwards import interpose, withdraw
+from tierstore.binding.views import Ghost
 from tierstore.formats.packed_views import Packed
 from tierstore.formats.scratch import Scratch
 
@@ -63,9 +64,12 @@ class Widened:
     def _stand_for(self, linear: nn.Linear) -> None:
         def through(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             given = args[0] if self._used and len(args) == 1 and not kwargs else None
-            if not isinstance(given, Tensor) or given.dtype != linear.weight.dtype or torch.is_grad_enabled():
+            weight: Tensor = linear.weight
+            if not isinstance(given, Tensor) or given.dtype != weight.dtype or torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            return self._product(given, linear.weight, linear.bias)
+            if isinstance(weight, Ghost):  # not in memory: each piece would bring all of it
+                return forward(*args, **kwargs)
+            return self._product(given, weight, linear.bias)
 
         interpose(linear, through)
         self._throughs.append((linear, through))
