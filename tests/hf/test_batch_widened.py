@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,7 +115,8 @@ def test_a_weight_that_is_not_in_memory_is_brought_once(tmp_path: Path, monkeypa
         tie_word_embeddings=True,
         dtype=torch.bfloat16,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
     table = 16384 * 64 * 2
     with tierstore.load(tmp_path, Budget(table + 4096), device="cpu") as session, torch.no_grad():
         tokens = torch.arange(16)[None]
