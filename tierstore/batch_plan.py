@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, log
 
 from tierstore.budget import format_nbytes
 from tierstore.errors import PlanError
@@ -190,9 +190,9 @@ class _Sizes:
         self._tokens, self._costs, self._job, self._room = tokens, costs, job, room
         self._micro_seconds = costs.compute_seconds[tokens]
         prompt, new, size = job.prompt_tokens, job.new_tokens, room.page_tokens
-        # a sequence generates in ``new`` passes, after one or more that compute its prompt: in a pass, in the mean,
-        self._tokens_each = (prompt + new) / (new + 1)
-        open_each = 1 + prompt / (new + 1) / size  # its last page, and those that its prompt is written to
+        # the pass that ends a prompt gives the first token, and the last one is never computed: in a pass, in the mean,
+        self._tokens_each = (prompt + new - 1) / new
+        open_each = 1 + prompt / new / size  # its last page, and those that its prompt is written to
         self._most = {
             "rows": job.sequences,
             "pages": max(1, room.pages // ceil((prompt + new) / size)),
@@ -204,8 +204,8 @@ class _Sizes:
     def best(self) -> BatchPlan:
         """The fewest sequences that are about as fast as any number, and some to spare."""
         plans = [self._plan(micro_batches, self._filling(micro_batches)) for micro_batches in self._candidates()]
-        best = max(plan.tokens_per_second for plan in plans)
-        enough = next(plan for plan in plans if NEAR * plan.tokens_per_second >= best)
+        best = min(plan.seconds for plan in plans)
+        enough = next(plan for plan in plans if plan.seconds <= NEAR * best)
         sequences = min(self._most_sequences, ceil(SPARE * enough.sequences))
         # prompts may use what the weights take, also where too few sequences generate
         hidden = self._costs.transfer_seconds / self._micro_seconds
@@ -230,20 +230,20 @@ class _Sizes:
 
     def _plan(self, micro_batches: int, sequences: int) -> BatchPlan:
         job, tokens = self._job, micro_batches * self._tokens
-        both = job.prompt_tokens + job.new_tokens
         # in the steady state: as many as wait for nothing, or as a full pass has beside the prompts of those that come
-        generated = job.new_tokens * min(sequences / (job.new_tokens + 1), tokens / both)
-        used = max(ceil(generated / self._tokens), generated * both / job.new_tokens / self._tokens)
+        generated = min(sequences, tokens / self._tokens_each)
+        used = max(ceil(generated / self._tokens), generated * self._tokens_each / self._tokens)
         compute, transfer = used * self._micro_seconds, self._transfer(sequences)
         seconds = self._pass(used, sequences)
 
-        prompts = ceil(sequences * job.prompt_tokens / tokens)
+        prompts = self._prompt_passes(generated, tokens)
         first = prompts * self._pass(micro_batches, sequences)
-        last = job.new_tokens * self._pass(ceil(sequences / self._tokens), sequences)
+        turns = max(job.sequences / generated - 1, 0.0)
+        if job.most_new_tokens == job.new_tokens and 4 * prompts <= job.new_tokens:
+            turns = ceil(turns)  # sequences of one length come and leave together
+        between = turns * job.new_tokens * seconds
+        last = (job.new_tokens - 1) * self._pass(ceil(generated / self._tokens), sequences)
         tail = (job.most_new_tokens - job.new_tokens) * self._pass(1, 1)
-        between, later = 0.0, job.sequences - sequences
-        if later:
-            between = job.new_tokens * max(later * seconds / generated, self._pass(1, 1))
         weights = ceil(self._costs.transfer_seconds / self._micro_seconds)
         return BatchPlan(
             tokens=self._tokens,
@@ -258,6 +258,14 @@ class _Sizes:
             bound=self._bound(micro_batches, sequences, compute, transfer),
             wanted=ceil(weights * self._tokens / self._tokens_each),
         )
+
+    def _prompt_passes(self, sequences: float, tokens: int) -> int:
+        """Passes of ``tokens`` until the first ``sequences`` have their prompts computed, beside those that generate
+        already: of the tokens that these leave, each pass takes one part in ``prompt_tokens`` away."""
+        left, prompt = 1 - sequences / tokens, self._job.prompt_tokens
+        if prompt <= 1 or left <= 0:
+            return ceil(sequences * prompt / tokens)
+        return max(1, ceil(log(max(left, 1 / tokens)) / log(1 - 1 / prompt) - 1e-9))
 
     def _transfer(self, sequences: int) -> float:
         """Seconds in which weights and the KV of ``sequences`` in the middle of their lives come over the links."""

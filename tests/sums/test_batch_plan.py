@@ -125,7 +125,7 @@ def test_every_plan_is_within_its_bounds(
     assert found.seconds_per_pass >= max(found.compute_seconds, found.transfer_seconds)
     assert 0 <= found.tail_seconds <= found.seconds
     best = min(seconds / tokens for tokens, seconds in CPU.items())
-    assert found.tokens_per_second <= 1.001 * job.new_tokens / (job.prompt_tokens + job.new_tokens) / best
+    assert found.tokens_per_second <= 1.001 * job.new_tokens / (job.prompt_tokens + job.new_tokens - 1) / best
     assert len(found.explain().splitlines()) in (4, 5)
     # whatever size is decided before, the free choice is about as fast
     for tokens in CPU:
@@ -163,3 +163,14 @@ def test_a_job_takes_about_as_long_as_predicted(
     room = BatchRoom(64, 100, [KvTier(pages)])
     found = build_batch_plan(BatchCosts(CPU, transfer), job, room)
     assert simulate(found, transfer, room, rows) == pytest.approx(found.seconds, rel=0.3)
+
+
+@pytest.mark.parametrize("transfer", [0.0, 2.0])
+@pytest.mark.parametrize("new", [10, 24])
+@pytest.mark.parametrize("prompt", [1, 2, 40])
+@pytest.mark.parametrize("sequences", [1, 8, 32, 100])
+def test_a_short_job_takes_as_long_as_predicted(transfer: float, new: int, prompt: int, sequences: int) -> None:
+    room = BatchRoom(64, 1000, [KvTier(1000)])
+    for costs in (BatchCosts(CPU, transfer), BatchCosts({32: CPU[32]}, transfer)):
+        found = build_batch_plan(costs, BatchJob(sequences, prompt, new, new), room)
+        assert simulate(found, transfer, room, [(prompt, new)] * sequences) == pytest.approx(found.seconds, rel=0.15)
