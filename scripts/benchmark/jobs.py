@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -121,12 +121,15 @@ def pack(job: Job) -> dict[str, Any]:
     }
 
 
+def llama_cpp_pack(job: Job) -> dict[str, Any]:
+    """The checkpoint as a GGUF file ``out``."""
+    llama_cpp.write_q4_0(Path(job.checkpoint), Path(job.out))
+    return {"nbytes": Path(job.out).stat().st_size}
+
+
 def llama_cpp_decode(job: Job) -> dict[str, Any]:
-    """Decoding with llama.cpp from memory; the GGUF file is made beside the checkpoint for it."""
-    with tempfile.TemporaryDirectory(dir=Path(job.checkpoint).parent) as folder:
-        file = Path(folder, "model.gguf")
-        llama_cpp.write_q4_0(Path(job.checkpoint), file)
-        return llama_cpp.decode(replace(job, checkpoint=str(file)))
+    """Decoding a GGUF file with llama.cpp from memory."""
+    return llama_cpp.decode(job)
 
 
 def fits(job: Job) -> dict[str, Any]:
@@ -227,6 +230,7 @@ JOBS: dict[str, Callable[[Job], dict[str, Any]]] = {
         accelerate_decode,
         pack,
         llama_cpp_decode,
+        llama_cpp_pack,
         fits,
         batches.batch,
         batches.accelerate_batch,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal, cast
 
 import torch
@@ -38,6 +38,7 @@ CHUNK = 1 << 23
 """Weights whose scales are made ready for torch's int4 kernel at a time."""
 
 
+@lru_cache(maxsize=4096)
 def choose(
     name: str, rows: int, n: int, k: int, dtype: torch.dtype, tile_rows: int, compiler: bool
 ) -> Literal["fast", "packed", "tiles"]:

@@ -7,21 +7,27 @@ weights are coarser than that, and to 15 bits for int8. For 8 bits that is what 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tierstore.extents import align_up
 from tierstore.formats.format import Format, Parts
 from tierstore.formats.scratch import Scratch
 from tierstore.kernels.int4_matmul.reference import ROWS
 
+ALIGN = 64
+"""Bytes of a cache line, and more than a vector."""
+
 LEAST_NBYTES = 1 << 17
 """Of codes for each thread: with fewer, waking it would take longer than it saves."""
 
+_COMPUTED = (torch.bfloat16, torch.float32)  # others are converted
 
 PARTS = {1: ("codes", "scales"), 2: ("low", "high", "scales", "steps")}
 """Of a matrix, by digits of the rounded input, in the order of the fields of a job."""
@@ -38,39 +44,61 @@ def can_compile() -> bool:
 
 
 def fast_product(x: Tensor, form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Tensor:
-    """``x @ W.T`` in the dtype of ``x``, [m, n], for ``x`` [m, k] on a CPU where ``can_compile``; ``form`` is int4, of
-    any group, or int8.
+    """``x @ W.T`` in the dtype of ``x``, [..., n], for ``x`` [..., k] on a CPU where ``can_compile``; ``form`` is int4,
+    of any group, or int8.
 
     What is multiplied is ``round_input`` of ``x``. Sums over a group are exact integers, those of groups are added in
     their order in float32: so a row of the product depends on nothing but that row of ``x`` and on ``W``, and is the
     same with any number of threads. A row of ``x`` with a value that is not finite makes a row of NaN. As many threads
     compute as torch may use.
     """
-    m, digits = x.shape[0], 2 if form.name == "int8" else 1
-    if k % form.group:
-        x = pad(x, (0, form.group - k % form.group))
-    groups, device, code = x.shape[1] // form.group, x.device, _compiled(digits)
-    values = x.float().contiguous()
-    rounded = scratch.take("rounded input", (m, groups, digits, form.group), torch.int8, device)
-    factors = scratch.take("factors of input", (m, groups), torch.float32, device)
-    sums = scratch.take("sums of input", (m, groups), torch.int32, device)
-    into = rounded.data_ptr(), factors.data_ptr(), sums.data_ptr()
-    code.round_groups(values.data_ptr(), m * groups, form.group, *into)
+    group, digits = form.group, 2 if form.name == "int8" else 1
+    values = x if x.dtype in _COMPUTED else x.float()
+    if k % group:
+        values = pad(values, (0, group - k % group))
+    values = values.contiguous()
     own = [parts[name].contiguous() for name in PARTS[digits]]
-    codes, blocks = own[0], own[0].shape[0]
-    out = torch.empty(blocks, m, ROWS, dtype=torch.float32, device=device)
-    addresses = *(part.data_ptr() for part in own), *into, out.data_ptr()
-    threads = min(torch.get_num_threads(), 1 + codes.numel() * digits // LEAST_NBYTES)
-    code.multiply(threads, *addresses, m, groups, form.group, blocks)
-    product = out.to(x.dtype)
-    product = product.view(1, -1) if m == 1 else product.transpose(0, 1).reshape(m, -1)
-    return product if product.shape[1] == n else product[:, :n].contiguous()
+    layout = _layout(values.numel(), values.shape[-1], group, digits, own[0].shape[0])
+    memory = scratch.take("fast product", (layout.nbytes,), torch.uint8, x.device).data_ptr()
+    product = values.new_empty(*x.shape[:-1], own[0].shape[0] * ROWS)
+    _compiled(digits, halves=values.dtype is torch.bfloat16).carry_out(
+        min(torch.get_num_threads(), layout.threads),
+        *[part.data_ptr() for part in own],
+        *[memory + offset for offset in layout.offsets],
+        *layout.counts,
+        values.data_ptr(),
+        product.data_ptr(),
+    )
+    if n % ROWS:
+        product = product[..., :n].contiguous()
+    return product if x.dtype in _COMPUTED else product.to(x.dtype)
+
+
+class _Layout(NamedTuple):
+    """``counts`` of a job; ``nbytes`` of memory to work with, and where its parts begin; for how many ``threads`` there
+    is enough to do."""
+
+    counts: tuple[int, ...]
+    nbytes: int
+    offsets: tuple[int, ...]
+    threads: int
+
+
+@lru_cache(maxsize=1024)
+def _layout(values: int, columns: int, group: int, digits: int, blocks: int) -> _Layout:
+    """Of a job with so many ``values`` of input."""
+    rows, groups = values // columns, columns // group
+    # the rounded input, its factors and sums, and totals in float32
+    sizes = (values * digits, 4 * rows * groups, 4 * rows * groups, 4 * blocks * rows * ROWS)
+    ends = tuple(accumulate(align_up(size, ALIGN) for size in sizes))
+    code_nbytes = blocks * ROWS * columns * digits // 2
+    return _Layout((rows, groups, group, blocks), ends[-1], (0, *ends[:-1]), 1 + code_nbytes // LEAST_NBYTES)
 
 
 class _Compiled:
     """Machine code, which lives as long as this object."""
 
-    def __init__(self, digits: int) -> None:
+    def __init__(self, digits: int, halves: bool) -> None:
         from llvmlite import binding
 
         from tierstore.formats.fast4_code import write
@@ -80,42 +108,35 @@ class _Compiled:
         target = binding.Target.from_triple(binding.get_process_triple()).create_target_machine(
             cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3
         )
-        module = binding.parse_assembly(str(write(digits)))
+        module = binding.parse_assembly(str(write(digits, halves=halves)))
         passes = binding.create_pass_builder(target, binding.create_pipeline_tuning_options(speed_level=2))
         passes.getModulePassManager().run(module, passes)
         self._engine = binding.create_mcjit_compiler(module, target)
         self._engine.finalize_object()
-        self._multiply = self._engine.get_function_address("multiply")
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._alone = ctypes.CFUNCTYPE(None, pointer)(self._multiply)
-        self.round_groups = ctypes.CFUNCTYPE(None, pointer, number, number, pointer, pointer, pointer)(
-            self._engine.get_function_address("round_groups")
+        self._carry_out = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64)(
+            self._engine.get_function_address("carry_out")
         )
 
-    def multiply(self, threads: int, *fields: int) -> None:
+    def carry_out(self, threads: int, *fields: int) -> None:
         """Carry out a job, of fields in the order that the code says, with some threads, this one among them."""
         job = (ctypes.c_int64 * (len(fields) + 1))(*fields, 0)
-        together = _parallel() if threads > 1 else None
-        if together is None:
-            self._alone(job)
-        else:
-            together(self._multiply, job, threads, 0)
+        self._carry_out(job, threads, _parallel() if threads > 1 else 0)
 
 
 @cache
-def _compiled(digits: int) -> _Compiled:
-    return _Compiled(digits)
+def _compiled(digits: int, *, halves: bool) -> _Compiled:
+    return _Compiled(digits, halves)
 
 
 @cache
-def _parallel() -> Callable[..., None] | None:
-    """Runs a function with the threads that torch itself computes with; None where these are not OpenMP's.
+def _parallel() -> int:
+    """The address of what runs a function with the threads that torch itself computes with; 0 where these are not
+    OpenMP's.
 
     Others would compete for the cores with torch's, which spin for a while after each operation.
     """
     try:
         function = ctypes.CDLL(None).GOMP_parallel
     except AttributeError:
-        return None
-    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-    return function
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
 
 from tierstore.formats.tile64 import HALF
+from tierstore.formats.vector_code import BYTES, F32, FLOATS, I8, I16, I32, I64, INTS, LANES, WORDS, Code
 from tierstore.kernels.int4_matmul.reference import ROWS
 from tierstore.kernels.int8_matmul.reference import PLANES, ZERO_STEP
-
-LANES = 8
-"""32-bit numbers in a vector of 256 bits."""
 
 STEP = 16
 """Columns whose products are added in 16 bits: 16 * 15 * 128 is below 2 ** 15."""
@@ -26,52 +23,73 @@ CACHE_LINE = 64
 AHEAD = 64
 """Columns, 2 KiB of codes, that are asked for before they are needed: processors' own guesses end with each page."""
 
-I8, I16, I32, I64, F32 = (*map(ir.IntType, (8, 16, 32, 64)), ir.FloatType())
-BYTES, WORDS, INTS, FLOATS = (
-    ir.VectorType(I8, 4 * LANES),
-    ir.VectorType(I16, 2 * LANES),
-    ir.VectorType(I32, LANES),
-    ir.VectorType(F32, LANES),
-)
 NIBBLES = {1: ("codes",), 2: ("low", "high")}
 SCALES = {1: ("scales",), 2: ("scales", "steps")}
-OTHERS = ("input", "factors", "sums", "out", "rows", "groups", "group", "blocks")
+OTHERS = ("input", "factors", "sums", "totals", "rows", "groups", "group", "blocks", "x", "product")
 """Fields of a job, 64 bits each: by planes the parts of the matrix, then what all have. Behind them is the number of
-the first block of 64 rows that nobody has begun."""
+the first block of 64 rows that nobody has begun.
+
+Of ``x`` [rows, groups * group] and ``product`` [rows, blocks * 64] the values are float32 or bfloat16. The others are
+memory to work with: ``input`` int8 [rows, groups, digits, group], ``factors`` float32 and ``sums`` int32
+[rows, groups], ``totals`` float32 [blocks, rows, 64]."""
 
 
-def write(planes: int) -> ir.Module:
-    """A module of ``round_groups`` and ``multiply``, for int4 (1 plane, input of 1 digit) or int8 (2 and 2)."""
+def write(planes: int, *, halves: bool) -> ir.Module:
+    """A module of ``carry_out``, for int4 (1 plane, input of 1 digit) or int8 (2 and 2), of float32 or, with
+    ``halves``, of bfloat16."""
     module = ir.Module(f"fast4_{planes}")
-    _write_round_groups(module, planes)
-    _write_multiply(module, planes)
+    _write_carry_out(module, _write_round_groups(module, planes, halves), _write_multiply(module, planes, halves))
     return module
 
 
-def _write_round_groups(module: ir.Module, digits: int) -> None:
-    """``round_groups(x, count, group, input, factors, sums)``: ``x``, ``count`` times ``group`` float32, as integers.
+def _write_carry_out(module: ir.Module, round_groups: Any, multiply: Any) -> None:
+    """``carry_out(job, threads, parallel)``: rounds ``x`` and multiplies, with ``threads`` threads of ``parallel``,
+    which has the arguments of ``GOMP_parallel``, or with this one alone where that is 0."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer(), I32, I64]), "carry_out")
+    code = Code(module, function)
+    job, threads, parallel = function.args
+    code.call(round_groups, [job])
+    together, alone, end = (function.append_basic_block(name) for name in ("together", "alone", "end"))
+    code.cbranch(code.icmp_unsigned("!=", parallel, code.word(0)), together, alone)
+    code.position_at_end(together)
+    starter = ir.FunctionType(ir.VoidType(), [multiply.type, I64.as_pointer(), I32, I32])
+    code.call(code.pointer(parallel, starter), [multiply, job, threads, ir.Constant(I32, 0)])
+    code.branch(end)
+    code.position_at_end(alone)
+    code.call(multiply, [job])
+    code.branch(end)
+    code.position_at_end(end)
+    code.ret_void()
 
-    ``factors`` is float32 [count], a unit of each group; ``input`` int8 [count, digits, group], how many of these, the
-    greater digit first; ``sums`` int32 [count], all of a group. What is not finite makes the factor so.
+
+def _write_round_groups(module: ir.Module, digits: int, halves: bool) -> Any:
+    """``round_groups(job)``: ``x`` as integers.
+
+    ``factors`` is a unit of each group; ``input`` how many of these, the greater digit first; ``sums`` all of a group.
+    What is not finite makes the factor so.
     """
-    arguments = [F32.as_pointer(), I64, I64, I8.as_pointer(), F32.as_pointer(), I32.as_pointer()]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), "round_groups")
-    code = _Code(module, function)
-    x, count, group, rounded, factors, sums = function.args
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), "round_groups")
+    function.linkage = "internal"
+    code = Code(module, function)
+    field = _fields(code, function.args[0], digits)
+    group, count = field["group"], code.mul(field["rows"], field["groups"])
+    x = code.pointer(field["x"], I16 if halves else F32)
+    rounded = code.pointer(field["input"], I8)
+    factors, sums = code.pointer(field["factors"], F32), code.pointer(field["sums"], I32)
     most, total = code.alloca(FLOATS), code.alloca(INTS)
     exact, limit = (I8, 127.0) if digits == 1 else (I16, 127.0 * 2**DIGIT_BITS)
     with code.loop(count) as number:
         own = code.gep(x, [code.mul(number, group)])
         code.store(code.all_of(FLOATS, 0.0), most)
         with code.loop(group, LANES) as column:
-            size = code.intrinsic("llvm.fabs", FLOATS, code.read(FLOATS, own, column))
+            size = code.intrinsic("llvm.fabs", FLOATS, code.read_floats(own, column))
             code.store(code.intrinsic("llvm.maximum", FLOATS, code.load(most), size), most)
         greatest = code.call_named("llvm.vector.reduce.fmaximum.v8f32", F32, code.load(most))
         factor = code.fdiv(greatest, ir.Constant(F32, limit))
         code.store(factor, code.gep(factors, [number]))
         code.store(code.all_of(INTS, 0), total)
         with code.loop(group, LANES) as column:
-            units = code.fdiv(code.read(FLOATS, own, column), code.splat(factor, LANES))
+            units = code.fdiv(code.read_floats(own, column), code.splat(factor, LANES))
             # Among denormal numbers a factor may be much too small.
             units = code.intrinsic("llvm.minimum", FLOATS, units, code.all_of(FLOATS, limit))
             units = code.intrinsic("llvm.maximum", FLOATS, units, code.all_of(FLOATS, -limit))
@@ -91,25 +109,26 @@ def _write_round_groups(module: ir.Module, digits: int) -> None:
         together = code.call_named("llvm.vector.reduce.add.v8i32", I32, code.load(total))
         code.store(together, code.gep(sums, [number]))
     code.ret_void()
+    return function
 
 
-def _write_multiply(module: ir.Module, planes: int) -> None:
+def _write_multiply(module: ir.Module, planes: int, halves: bool) -> Any:
     """``multiply(job)``: the product of blocks of 64 rows that nobody has begun, until there are none.
 
-    ``job`` points to its fields; ``out`` is float32 [blocks, rows, 64]. A value is the sum over groups, in their order,
-    of ``factor * (scale * dot + zero * sum)``: only the exact ``dot`` depends on how vectors are made use of.
+    A value is the sum over groups, in their order, of ``factor * (scale * dot + zero * sum)`` in float32: only the
+    exact ``dot`` depends on how vectors are made use of.
     """
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), "multiply")
-    code = _Code(module, function)
+    function.linkage = "internal"
+    code = Code(module, function)
     (job,) = function.args
-    names = NIBBLES[planes] + SCALES[planes] + OTHERS
-    field = {name: code.load(code.gep(job, [code.word(number)])) for number, name in enumerate(names)}
+    field = _fields(code, job, planes)
     rows, groups, group, blocks = (field[name] for name in ("rows", "groups", "group", "blocks"))
     places = _Places(code)
     begin, work, end = (function.append_basic_block(name) for name in ("begin", "work", "end"))
     code.branch(begin)
     code.position_at_end(begin)
-    block = code.atomic_rmw("add", code.gep(job, [code.word(len(names))]), code.word(1), "monotonic")
+    block = code.atomic_rmw("add", code.gep(job, [code.word(len(field))]), code.word(1), "monotonic")
     code.cbranch(code.icmp_unsigned("<", block, blocks), work, end)
     code.position_at_end(work)
     tile = code.mul(block, code.mul(code.mul(groups, group), code.word(HALF)))
@@ -127,9 +146,7 @@ def _write_multiply(module: ir.Module, planes: int) -> None:
             total = code.splat(code.load(code.gep(code.pointer(field["sums"], I32), [which])), LANES)
             middle = code.mul(total, code.all_of(INTS, 8 if planes == 1 else 8 * PLANES))
             whole = code.sitofp(total, FLOATS)
-            out = code.gep(
-                code.pointer(field["out"], F32), [code.mul(code.add(code.mul(block, rows), row), code.word(ROWS))]
-            )
+            out = _totals(code, field, block, row)
             for first in range(0, ROWS, LANES):
                 dot = code.sitofp(code.sub(code.load(places.dots[first]), middle), FLOATS)
                 dot = code.fmul(code.load(places.scales[first]), dot)
@@ -138,12 +155,32 @@ def _write_multiply(module: ir.Module, planes: int) -> None:
                 before = code.read(FLOATS, out, at)
                 begun = code.icmp_unsigned("!=", number, code.word(0))
                 code.write(code.fadd(code.select(begun, before, code.all_of(FLOATS, 0.0)), sum_), out, at)
+    product = code.pointer(field["product"], I16 if halves else F32)
+    with code.loop(rows) as row:
+        total = _totals(code, field, block, row)
+        own = code.gep(product, [code.mul(code.add(code.mul(row, blocks), block), code.word(ROWS))])
+        for first in range(0, ROWS, LANES):
+            at = code.word(first)
+            code.write_floats(code.read(FLOATS, total, at), own, at)
     code.branch(begin)
     code.position_at_end(end)
     code.ret_void()
+    return function
 
 
-def _dot(code: _Code, tiles: Sequence[Any], start: Any, digits: Any, group: Any, places: _Places) -> None:
+def _fields(code: Code, job: Any, planes: int) -> dict[str, Any]:
+    """Those of a job, by name."""
+    names = NIBBLES[planes] + SCALES[planes] + OTHERS
+    return {name: code.load(code.gep(job, [code.word(number)])) for number, name in enumerate(names)}
+
+
+def _totals(code: Code, field: dict[str, Any], block: Any, row: Any) -> Any:
+    """Where the sums of a row of the input and a block of 64 rows of the matrix are."""
+    at = code.mul(code.add(code.mul(block, field["rows"]), row), code.word(ROWS))
+    return code.gep(code.pointer(field["totals"], F32), [at])
+
+
+def _dot(code: Code, tiles: Sequence[Any], start: Any, digits: Any, group: Any, places: _Places) -> None:
     """To ``places.dots``: of 64 rows, the sums of codes times rounded input over a group that begins at ``start``.
 
     Two columns of 32 bytes become pairs of neighbouring bytes of one row, which one instruction multiplies with two
@@ -186,7 +223,7 @@ def _dot(code: _Code, tiles: Sequence[Any], start: Any, digits: Any, group: Any,
                     code.store(code.add(code.load(place), more), place)
 
 
-def _int4_scales(code: _Code, field: dict[str, Any], block: Any, number: Any, places: _Places) -> None:
+def _int4_scales(code: Code, field: dict[str, Any], block: Any, number: Any, places: _Places) -> None:
     """To ``places``: a bfloat16 is the upper half of a float32, and a pair of them is (scale, zero)."""
     at = code.add(code.mul(number, field["blocks"]), block)
     pairs = code.gep(code.pointer(field["scales"], I32), [code.mul(at, code.word(ROWS))])
@@ -196,7 +233,7 @@ def _int4_scales(code: _Code, field: dict[str, Any], block: Any, number: Any, pl
         code.store(code.bitcast(code.and_(both, code.all_of(INTS, -0x10000)), FLOATS), places.zeros[first])
 
 
-def _int8_scales(code: _Code, field: dict[str, Any], block: Any, number: Any, places: _Places) -> None:
+def _int8_scales(code: Code, field: dict[str, Any], block: Any, number: Any, places: _Places) -> None:
     """To ``places``: as ``scales_and_zeros`` of the int8 reference, with the zeros of both planes together."""
     at = code.add(code.mul(block, field["groups"]), number)
     pairs = code.gep(code.pointer(field["scales"], I16), [code.mul(at, code.word(ROWS))])
@@ -212,91 +249,10 @@ def _int8_scales(code: _Code, field: dict[str, Any], block: Any, number: Any, pl
         code.store(code.fmul(zero, code.all_of(FLOATS, PLANES)), places.zeros[first])
 
 
-class _Code(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
-    """A builder with words for what is said often."""
-
-    def __init__(self, module: ir.Module, function: ir.Function) -> None:
-        super().__init__(function.append_basic_block("entry"))
-        self._module = module
-
-    def word(self, value: int) -> Any:
-        return ir.Constant(I64, value)
-
-    def all_of(self, vector: Any, value: float) -> Any:
-        return ir.Constant(vector, [value] * vector.count)
-
-    def splat(self, value: Any, count: int) -> Any:
-        nothing = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
-        first = self.insert_element(nothing, value, ir.Constant(I32, 0))
-        return self.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(I32, count), [0] * count))
-
-    def pointer(self, number: Any, to: Any) -> Any:
-        return self.inttoptr(number, to.as_pointer())
-
-    def read(self, what: Any, pointer: Any, at: Any) -> Any:
-        """``what``, from element ``at`` of what ``pointer`` points to, of any alignment."""
-        value = self.load(self.bitcast(self.gep(pointer, [at]), what.as_pointer()))
-        value.align = 1
-        return value
-
-    def write(self, value: Any, pointer: Any, at: Any) -> None:
-        self.store(value, self.bitcast(self.gep(pointer, [at]), value.type.as_pointer())).align = 1
-
-    def prefetch(self, bytes_: Any, at: Any) -> None:
-        """Byte ``at`` for reading, into every cache; it need not be there."""
-        hints = (ir.Constant(I32, hint) for hint in (0, 3, 1))
-        self.call_named("llvm.prefetch.p0", ir.VoidType(), self.gep(bytes_, [at]), *hints)
-
-    def interleave(self, these: Any, those: Any, quarter: int) -> Any:
-        """Pairs of bytes: the first (or second) 8 of each 16 bytes of ``these``, each before that of ``those``."""
-        order = [
-            side * HALF + upper * 2 * LANES + quarter * LANES + number
-            for upper in (0, 1)
-            for number in range(LANES)
-            for side in (0, 1)
-        ]
-        return self.shuffle_vector(these, those, ir.Constant(ir.VectorType(I32, len(order)), order))
-
-    def half(self, vector: Any, upper: int) -> Any:
-        count = vector.type.count // 2
-        order = list(range(upper * count, (upper + 1) * count))
-        return self.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, count), order))
-
-    def to_bfloat16(self, values: Any) -> Any:
-        """Float32 that bfloat16 holds: the nearest, and of two the even one."""
-        bits = self.bitcast(values, INTS)
-        odd = self.and_(self.lshr(bits, self.all_of(INTS, 16)), self.all_of(INTS, 1))
-        bits = self.add(bits, self.add(odd, self.all_of(INTS, 0x7FFF)))
-        return self.bitcast(self.and_(bits, self.all_of(INTS, -0x10000)), FLOATS)
-
-    def intrinsic(self, name: str, type_: Any, *arguments: Any) -> Any:
-        return self.call_named(f"{name}.v{LANES}f32", type_, *arguments)
-
-    def call_named(self, name: str, result: Any, *arguments: Any) -> Any:
-        function = self._module.globals.get(name) or ir.Function(
-            self._module, ir.FunctionType(result, [argument.type for argument in arguments]), name
-        )
-        return self.call(function, arguments)
-
-    @contextmanager
-    def loop(self, stop: Any, step: int = 1) -> Iterator[Any]:
-        """The numbers from 0 below ``stop``, which is above 0."""
-        before, body, after = self.block, self.append_basic_block("loop"), self.append_basic_block("after")
-        self.branch(body)
-        self.position_at_end(body)
-        number = self.phi(I64)
-        number.add_incoming(self.word(0), before)
-        yield number
-        following = self.add(number, self.word(step))
-        number.add_incoming(following, self.block)
-        self.cbranch(self.icmp_unsigned("<", following, stop), body, after)
-        self.position_at_end(after)
-
-
 class _Places:
     """Vectors of 8 rows of the 64 each, by the first of these."""
 
-    def __init__(self, code: _Code) -> None:
+    def __init__(self, code: Code) -> None:
         self.dots = {first: code.alloca(INTS) for first in range(0, ROWS, LANES)}
         self.scales = {first: code.alloca(FLOATS) for first in range(0, ROWS, LANES)}
         self.zeros = {first: code.alloca(FLOATS) for first in range(0, ROWS, LANES)}

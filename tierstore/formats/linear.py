@@ -57,16 +57,21 @@ def linear(x: Tensor, form: Format, parts: Parts, n: int, k: int, bias: Tensor |
             f"got one of shape {tuple(shape)} and {x.dtype}"
         )
     m = x.numel() // k if k else prod(shape[:-1])
-    rows = x.reshape(m, k).contiguous()
+    on_cpu = x.device.type == "cpu"
     if not m * n * k:
-        product = x.new_zeros(m, n)
-    elif x.device.type == "cpu":
-        product = _on_cpu(rows, form, parts, n, k, scratch)
+        product = x.new_zeros(*shape[:-1], n)
+    elif on_cpu and (way := choose(form.name, m, n, k, x.dtype, int4_tile_rows(), can_compile())) == "fast":
+        product = fast_product(x, form, parts, n, k, scratch)
     else:
-        product = _on_device(rows, form, parts, n, k, scratch)
-    if bias is not None:
-        product.add_(bias)
-    return product if len(shape) == 2 else product.view(*shape[:-1], n)
+        rows = x.reshape(m, k).contiguous()
+        if not on_cpu:
+            product = _on_device(rows, form, parts, n, k, scratch)
+        elif way == "packed":
+            product = packed_product(rows, form, parts, n, k, scratch)
+        else:
+            product = by_tiles(rows, form, parts, n, k, arithmetic(x.dtype, m), scratch)
+        product = product.view(*shape[:-1], n)
+    return product if bias is None else product.add_(bias)
 
 
 def dequantise(form: Format, parts: Parts, shape: Sequence[int], dtype: torch.dtype, scratch: Scratch | None) -> Tensor:
@@ -87,14 +92,6 @@ def dequantise(form: Format, parts: Parts, shape: Sequence[int], dtype: torch.dt
             for first, tile in tiles(form, own, n, k, dtype, work):
                 matrix[first : first + len(tile)] = tile
     return out.view(tuple(shape))
-
-
-def _on_cpu(x: Tensor, form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Tensor:
-    way = choose(form.name, len(x), n, k, x.dtype, int4_tile_rows(), can_compile())
-    if way != "tiles":
-        product = fast_product if way == "fast" else packed_product
-        return product(x, form, parts, n, k, scratch)
-    return by_tiles(x, form, parts, n, k, arithmetic(x.dtype, len(x)), scratch)
 
 
 def _on_device(x: Tensor, form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Tensor:
