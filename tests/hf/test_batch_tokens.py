@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from tests.hf.batches import (
     smallest,
     some_tokens,
     text_slice,
+    threads,
     token_model,
 )
 from tests.hf.paged import decoder
@@ -34,16 +33,6 @@ MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Gemma2ForCausalLM", "GptOss
 """Grouped queries; a window; windows in some layers and capped scores; attention sinks and experts; no rotation."""
 LONG = 300
 """Tokens that do not fit one block of keys."""
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def attentive(name: str, **changes: Any) -> Any:

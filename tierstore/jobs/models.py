@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tierstore.batch_plan import CPU_TOKENS, CUDA_TOKENS, BatchJob, BatchPlan, BatchRoom, KvTier, build_batch_plan
 from tierstore.batch_schedule import Limits
 from tierstore.budget import Budget, format_nbytes
@@ -61,7 +63,7 @@ def prepare_side_by_side(
 
     memory = session.kv.memory
     if sizes is None:
-        sizes = CPU_TOKENS if memory.device.type == "cpu" else CUDA_TOKENS
+        sizes = _even_sizes(session.module) if memory.device.type == "cpu" else CUDA_TOKENS
     model = TokenModel(session.module, memory, session.together, tokens=sizes[0])
     costs = probe(model, session, sizes, vocabulary=vocabulary, positions=positions)
     room = model.capacity
@@ -132,6 +134,14 @@ def divide_alone(
     reason = f"{format_nbytes(kv_nbytes)} of hbm are for the caches of texts, each {format_nbytes(each)} a token"
     hbm = budget.hbm if budget.kv_hbm else budget.hbm - kv_nbytes
     return Budget(hbm, budget.ram, budget.nvme), kv_nbytes, reason
+
+
+def _even_sizes(module: nn.Module) -> Sequence[int]:
+    """The usual ones, or somewhat larger, so that no bit of a row depends on where it stands."""
+    from tierstore.hf.batch.even import even_tokens
+
+    threads = torch.get_num_threads()
+    return sorted({even_tokens(module, tokens, threads) or tokens for tokens in CPU_TOKENS})
 
 
 def _kept_nbytes(session: Session) -> tuple[int, int]:

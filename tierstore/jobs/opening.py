@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tierstore.backends import Backend
 from tierstore.batch_plan import BatchPlan
 from tierstore.budget import Budget
@@ -196,10 +198,18 @@ class _Opening:
         return Drafting(ready.cost, always=speculate == "lookup", model=model)
 
     def _inexact(self, session: Session, ready: Prepared) -> Iterator[str]:
+        from tierstore.hf.batch.even import even_tokens
         from tierstore.hf.batch.support import why_not_exact
 
         if why := why_not_exact(session.module):
             yield why
+        threads = torch.get_num_threads()
+        on_cpu = ready.exact and session.kv.memory.device.type == "cpu"
+        if on_cpu and even_tokens(session.module, ready.tokens, threads) != ready.tokens:
+            yield (
+                f"torch computes the ends of what each of {threads} threads gets by other code, in float32, where "
+                f"micro-batches have {ready.tokens} tokens"
+            )
         if self._settings.kv_format is not None:
             yield "pages of the KV cache are rounded when they are full, which is sooner or later"
         if self._settings.speculate == "lookup" and not ready.exact:
