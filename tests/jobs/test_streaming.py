@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.hf.batches import threads
 from tests.jobs.test_engine import alone, engine_of, row_of
 from tests.jobs.toy import ToyModel
 from tierstore.errors import StoreReadError
@@ -67,6 +69,22 @@ async def test_rows_of_a_list() -> None:
     job = Job()
     check(await results_of(tables(150), job), 150)
     assert (job.opened, job.closed) == (1, 1)
+
+
+async def test_as_many_threads_compute_as_where_it_was_called() -> None:
+    counted = ctypes.CDLL(None).omp_get_max_threads  # what matrix products go by; torch.get_num_threads asks for others
+    seen: list[int] = []
+
+    @contextmanager
+    def opened() -> Iterator[Any]:
+        seen.append(counted())
+        with Job()() as job:
+            yield job
+
+    for count in (1, 3):
+        with threads(count):
+            assert not [result async for result in _streamed(_parsed([], DEFAULTS), opened)]
+    assert seen == [1, 3]
 
 
 async def test_no_rows() -> None:

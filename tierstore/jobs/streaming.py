@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from tierstore.jobs.engine import Engine
 from tierstore.jobs.ids import Id
 from tierstore.jobs.lines import Line
@@ -102,6 +104,7 @@ class _Worker:
     def __init__(self, opened: Opened) -> None:
         self._opened = opened
         self._loop = asyncio.get_running_loop()
+        self._threads = torch.get_num_threads()
         self._stopped = False
         self._rows: queue.SimpleQueue[Row | BadRow | None] = queue.SimpleQueue()
         self._results: asyncio.Queue[list[Result] | BaseException | None] = asyncio.Queue()
@@ -149,6 +152,7 @@ class _Worker:
 
     def _work(self) -> None:
         end: BaseException | None = None
+        torch.set_num_threads(self._threads)  # a new thread does not know, and other numbers may give other bits
         try:
             with self._opened() as job:
                 for some in job.engine.answer(self._given(job.engine)):
