@@ -281,7 +281,7 @@ def _plan_kind(need: _Need, share: _Share, run_nbytes: int) -> KindPlan:
     nvme_slots = share.nvme // align_up(run_cells * frame_nbytes, SECTOR) * run_cells
 
     least = need.layer_frames(run_cells)
-    room = min(share.hbm // 8, share.hbm - least * need.kind.page_nbytes, RING_NBYTES)
+    room = min(share.hbm // 4, share.hbm - least * need.kind.page_nbytes, RING_NBYTES)
     ring_slots = max(2, room // slot_nbytes) if need.streams else 0
     frames = (share.hbm - ring_slots * slot_nbytes) // frame_nbytes
     layer_frames = frames // layers

@@ -21,6 +21,7 @@ from tierstore.errors import PlanError
 from tierstore.jobs import JobInterrupted, JobProgress, run
 
 ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.timeout(300)  # every worker imports torch and transformers, beside other tests
 
 
 @pytest.fixture(scope="module")
@@ -70,28 +71,25 @@ def test_an_error_of_a_worker_is_raised_here(cluster: str, tiny_checkpoint: Path
     assert not results.exists()
 
 
-def test_a_job_that_is_stopped_and_killed_goes_on_without_ray_too(
+def test_a_job_goes_on_whoever_was_stopped_or_killed(
     cluster: str, alone: dict[tuple[str, int], tuple[str, int]], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
+    """First in this process, then a driver on Ray that kills itself, then two workers of which one is killed."""
     prompts, results, settings = write_prompts(tmp_path), tmp_path / "results", settings_of(tiny_checkpoint)
 
     def stop(now: JobProgress) -> None:
-        raise KeyboardInterrupt
+        if now.done_rows > now.failed_rows:
+            raise KeyboardInterrupt
 
-    with pytest.raises(JobInterrupted, match=f"1 of {len(ROWS)} rows"):  # the one that no worker is needed for
-        run(prompts, results, settings, engine="ray", workers=1, progress=stop)
+    with pytest.raises(JobInterrupted):
+        run(prompts, results, settings, progress=stop)
+    first = texts_of(results)
     program = Path(__file__).with_name("ray_killed.py")
     ended = subprocess.run([sys.executable, program, cluster, prompts, results, tiny_checkpoint], check=False)
     assert ended.returncode == -signal.SIGKILL
-    done = texts_of(results)
-    assert 0 < len(done) < TEXTS
-    run(prompts, results, settings)
-    assert texts_of(results) == alone
+    second = texts_of(results)
+    assert 0 < len(first) < len(second) < TEXTS
 
-
-def test_rows_of_a_killed_worker_start_anew(
-    cluster: str, alone: dict[tuple[str, int], tuple[str, int]], tiny_checkpoint: Path, tmp_path: Path
-) -> None:
     killed: list[int] = []
 
     def kill(now: JobProgress) -> None:
@@ -101,7 +99,6 @@ def test_rows_of_a_killed_worker_start_anew(
             killed.append(worker.pid)
             worker.kill()
 
-    prompts, results, settings = write_prompts(tmp_path), tmp_path / "results", settings_of(tiny_checkpoint)
     report = run(prompts, results, settings, engine="ray", workers=2, progress=kill)
     assert killed
     assert texts_of(results) == alone

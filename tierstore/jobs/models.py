@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -56,15 +57,17 @@ def prepare_side_by_side(
     vocabulary: int,
     positions: int | None,
     unified: bool,
+    closing: ExitStack,
 ) -> Prepared:
     """Tokens of all texts side by side, over the pages of the session's KV cache. ``sizes`` of micro-batches to choose
-    from are the usual ones for None."""
+    from are the usual ones for None. The model is closed with ``closing``."""
     from tierstore.hf.batch.tokens import TokenModel
 
     memory = session.kv.memory
     if sizes is None:
         sizes = _even_sizes(session.module) if memory.device.type == "cpu" else CUDA_TOKENS
     model = TokenModel(session.module, memory, session.together, tokens=sizes[0])
+    closing.callback(model.close)
     costs = probe(model, session, sizes, vocabulary=vocabulary, positions=positions)
     room = model.capacity
     plan = build_batch_plan(costs, job, BatchRoom(room.page_tokens, room.open_pages, _tiers(memory, room, unified)))
@@ -84,16 +87,24 @@ def prepare_side_by_side(
 
 
 def prepare_alone(
-    session: Session, job: BatchJob, tokens: int | None, kv_nbytes: int, *, vocabulary: int, positions: int | None
+    session: Session,
+    job: BatchJob,
+    tokens: int | None,
+    kv_nbytes: int,
+    *,
+    vocabulary: int,
+    positions: int | None,
+    closing: ExitStack,
 ) -> Prepared:
     """Each text a call of its own, with a cache of its own; ``kv_nbytes`` are for these. A prompt goes through the
-    model ``tokens`` at a time."""
+    model ``tokens`` at a time. The model is closed with ``closing``."""
     from tierstore.hf.batch.alone import SequenceModel
 
     tokens = PROMPT_TOKENS if tokens is None else tokens
     each_text, each_token = _kept_nbytes(session)
     most = max(kv_nbytes // each_token, 1) if each_token else None
     model = SequenceModel(session.module, session.together, tokens=1, positions=most)
+    closing.callback(model.close)
     costs = probe(model, session, (1,), vocabulary=vocabulary, positions=positions)
     model.tokens = tokens
     # a call takes about as long for some tokens as for one, so that calls are what is counted

@@ -163,12 +163,24 @@ class _Opening:
         settings, known = self._settings, self._encoder.vocabulary
         if self._alone:
             ready = prepare_alone(
-                session, self._job, tokens, self._kv_nbytes, vocabulary=known, positions=self._positions
+                session,
+                self._job,
+                tokens,
+                self._kv_nbytes,
+                vocabulary=known,
+                positions=self._positions,
+                closing=self._closing,
             )
         else:
             sizes = None if tokens is None else (tokens,)
             ready = prepare_side_by_side(
-                session, self._job, sizes, vocabulary=known, positions=self._positions, unified=self._unified
+                session,
+                self._job,
+                sizes,
+                vocabulary=known,
+                positions=self._positions,
+                unified=self._unified,
+                closing=self._closing,
             )
             if why := why_widened(session.module):
                 self._notes.append(why)

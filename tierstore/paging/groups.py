@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from tierstore.page_plan import SECTOR, KindPlan
 from tierstore.paging.places import NOWHERE, Cell
 
-FETCH_NBYTES = 2 << 20
+FETCH_NBYTES = 4 << 20
 """Bytes of one fetch, where slots are that many: the work around it is little then."""
 
 
 def runs_a_fetch(plan: KindPlan, *, staged: bool) -> int:
-    """How many runs one fetch brings at most, so that 8 fetches, and 4 in staging memory, are under way together."""
-    slots = min(plan.ring_slots // 8, plan.staging_slots // 4) if staged else plan.ring_slots // 8
+    """How many runs one fetch brings at most, so that 5 fetches, and 4 in staging memory, are under way together."""
+    slots = min(plan.ring_slots // 5, plan.staging_slots // 4) if staged else plan.ring_slots // 5
     return max(1, min(-(-FETCH_NBYTES // plan.slot_nbytes), slots))
 
 
