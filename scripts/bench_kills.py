@@ -38,6 +38,7 @@ class Kills:
         self._options = [
             *("--model", str(checkpoint), "--hbm", str(chosen.hbm), "--kv-hbm", str(chosen.kv_hbm)),
             *("--max-new-tokens", str(chosen.tokens), "--store", str(folder / "store"), "--quiet"),
+            *("--sequences", str(chosen.sequences)),
         ]
         self._environment = os.environ | {"OMP_NUM_THREADS": str(chosen.threads), "HF_HUB_OFFLINE": "1"}
 
@@ -115,6 +116,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, help="of the job (default: 200)")
     parser.add_argument("--kills", type=int, help="how many (default: 30)")
     parser.add_argument("--tokens", type=int, default=16, help="of each text (default: 16)")
+    parser.add_argument("--sequences", type=int, default=16, help="at once, so that texts end all along (default: 16)")
     parser.add_argument("--hbm", type=nbytes, default=128 << 20, help="bytes of weights (default: 128MiB)")
     parser.add_argument("--kv-hbm", type=nbytes, default=256 << 20, help="bytes of KV (default: 256MiB)")
     parser.add_argument("--longest", type=float, help="seconds from start to kill, at most (default: a job's)")

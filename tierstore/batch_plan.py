@@ -74,8 +74,10 @@ class KvTier:
 
 @dataclass(frozen=True, slots=True)
 class BatchRoom:
-    """What memory allows: ``open_pages`` pages of ``page_tokens`` tokens open at once, and those of ``kv``, the fastest
-    tier first. ``activations`` bytes hold ``layer_nbytes_per_token`` of the micro-batch that is computed and
+    """What memory allows, and whoever asked for at most ``sequences`` at once.
+
+    ``open_pages`` pages of ``page_tokens`` tokens can be open at once, and there are those of ``kv``, the fastest tier
+    first. ``activations`` bytes hold ``layer_nbytes_per_token`` of the micro-batch that is computed and
     ``waiting_nbytes_per_token`` of every other one of the pass; None is no bound."""
 
     page_tokens: int
@@ -84,6 +86,7 @@ class BatchRoom:
     layer_nbytes_per_token: int = 0
     waiting_nbytes_per_token: int = 0
     activations: int | None = None
+    sequences: int | None = None
 
     @property
     def pages(self) -> int:
@@ -98,8 +101,8 @@ class BatchPlan:
     ``seconds_per_pass`` is a pass in the steady state, in which the processor computes for ``compute_seconds`` and
     links are busy with weights and KV for ``transfer_seconds``; then ``tokens_per_second`` are generated. ``seconds``
     is the whole job; in the last ``tail_seconds`` few sequences are left. ``bound`` says what keeps the job from being
-    faster: "compute", "transfer", "pages", "open pages", "rows" or "activations"; ``wanted`` sequences would be enough
-    to compute for as long as the weights take.
+    faster: "compute", "transfer", "pages", "open pages", "sequences", "rows" or "activations"; ``wanted`` sequences
+    would be enough to compute for as long as the weights take.
     """
 
     tokens: int
@@ -138,6 +141,7 @@ _REASONS = {
     "transfer": "more sequences bring as much KV as they gain: more of it in hbm, or fewer bytes of it, is faster",
     "pages": f"{_WANTED}, pages have no room for them: give the KV cache more bytes, or allow fewer new tokens",
     "open pages": f"{_WANTED}, fewer can have a page open: give the KV cache more bytes in hbm",
+    "sequences": f"{_WANTED}: allow as many at once",
     "rows": f"{_WANTED}: a job of more rows takes hardly longer",
     "activations": f"{_WANTED}, hidden states of fewer fit: allow more bytes of activations",
 }
@@ -173,8 +177,8 @@ def _check(costs: BatchCosts, job: BatchJob, room: BatchRoom) -> None:
         raise ValueError(f"{costs}, {room}: seconds must not be negative")
     if job.sequences < 1 or min(job.prompt_tokens, job.new_tokens, job.most_new_tokens - job.new_tokens + 1) < 1:
         raise ValueError(f"{job}: a sequence and at least one token of its prompt and of its text are needed")
-    if min(room.page_tokens, room.open_pages) < 1:
-        raise ValueError(f"{room}: pages of at least one token are needed, and an open one")
+    if min(room.page_tokens, room.open_pages, 1 if room.sequences is None else room.sequences) < 1:
+        raise ValueError(f"{room}: pages of at least one token are needed, an open one, and a sequence")
 
 
 def _micro_batches(tokens: int, room: BatchRoom) -> int:
@@ -198,6 +202,8 @@ class _Sizes:
             "pages": max(1, room.pages // ceil((prompt + new) / size)),
             "open pages": max(1, int(room.open_pages / open_each)),
         }
+        if room.sequences is not None:
+            self._most["sequences"] = room.sequences
         self._most_sequences = min(self._most.values())
         self._most_micro_batches = None if room.activations is None else _micro_batches(tokens, room)
 

@@ -20,7 +20,6 @@ from tests.jobs.small import settings_of
 from tierstore.jobs.progress import JobProgress
 from tierstore.jobs.running import run
 
-
 before: list[int] = []
 """Rows that were done at each report."""
 

@@ -24,6 +24,7 @@ def plan(
     transfer: float = 0.0, *, sequences: int = 5000, prompt: float = 300, new: float = 200, **room: Any
 ) -> BatchPlan:
     given: dict[str, Any] = {"page_tokens": 64, "open_pages": 5000, "kv": [KvTier(100_000)]} | room
+    given["sequences"] = given.pop("sequences_at_once", None)
     return build_batch_plan(BatchCosts(CPU, transfer), BatchJob(sequences, prompt, new, int(new)), BatchRoom(**given))
 
 
@@ -50,6 +51,7 @@ def test_what_stays_needs_one_micro_batch() -> None:
         ({"sequences": 20}, "rows", 20),
         ({"kv": [KvTier(100), KvTier(60)]}, "pages", 20),
         ({"open_pages": 20}, "open pages", 20),
+        ({"sequences_at_once": 3}, "sequences", 3),
         ({"activations": 10**6, "layer_nbytes_per_token": 10**4, "waiting_nbytes_per_token": 10**4}, "activations", 80),
     ],
 )
@@ -84,6 +86,7 @@ def test_activations_that_hold_no_micro_batch_are_refused() -> None:
         lambda: plan(sequences=0),
         lambda: plan(new=0),
         lambda: plan(page_tokens=0),
+        lambda: plan(sequences_at_once=0),
         lambda: build_batch_plan(BatchCosts({}, 0.0), BatchJob(1, 1, 1, 1), BatchRoom(1, 1, [])),
         lambda: build_batch_plan(BatchCosts({8: 0.0}, 0.0), BatchJob(1, 1, 1, 1), BatchRoom(1, 1, [])),
     ],

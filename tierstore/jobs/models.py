@@ -57,10 +57,11 @@ def prepare_side_by_side(
     vocabulary: int,
     positions: int | None,
     unified: bool,
+    sequences: int | None,
     closing: ExitStack,
 ) -> Prepared:
-    """Tokens of all texts side by side, over the pages of the session's KV cache. ``sizes`` of micro-batches to choose
-    from are the usual ones for None. The model is closed with ``closing``."""
+    """Tokens of up to ``sequences`` texts side by side, over the pages of the session's KV cache. ``sizes`` of
+    micro-batches to choose from are the usual ones for None. The model is closed with ``closing``."""
     from tierstore.hf.batch.tokens import TokenModel
 
     memory = session.kv.memory
@@ -70,7 +71,8 @@ def prepare_side_by_side(
     closing.callback(model.close)
     costs = probe(model, session, sizes, vocabulary=vocabulary, positions=positions)
     room = model.capacity
-    plan = build_batch_plan(costs, job, BatchRoom(room.page_tokens, room.open_pages, _tiers(memory, room, unified)))
+    tiers = _tiers(memory, room, unified)
+    plan = build_batch_plan(costs, job, BatchRoom(room.page_tokens, room.open_pages, tiers, sequences=sequences))
     model.tokens = plan.tokens
     compute = costs.compute_seconds[plan.tokens]
     return Prepared(
@@ -94,10 +96,11 @@ def prepare_alone(
     *,
     vocabulary: int,
     positions: int | None,
+    sequences: int | None,
     closing: ExitStack,
 ) -> Prepared:
-    """Each text a call of its own, with a cache of its own; ``kv_nbytes`` are for these. A prompt goes through the
-    model ``tokens`` at a time. The model is closed with ``closing``."""
+    """Up to ``sequences`` texts, each a call of its own, with a cache of its own; ``kv_nbytes`` are for these. A prompt
+    goes through the model ``tokens`` at a time. The model is closed with ``closing``."""
     from tierstore.hf.batch.alone import SequenceModel
 
     tokens = PROMPT_TOKENS if tokens is None else tokens
@@ -112,7 +115,7 @@ def prepare_alone(
     room = model.capacity
     fitting = room.pages // ceil((job.prompt_tokens + job.new_tokens) / room.page_tokens)
     fitting = max(min(fitting, kv_nbytes // max(each_text, 1)), 1)
-    plan = build_batch_plan(costs, calls, BatchRoom(1 << 20, fitting, [KvTier(fitting)]))
+    plan = build_batch_plan(costs, calls, BatchRoom(1 << 20, fitting, [KvTier(fitting)], sequences=sequences))
     return Prepared(
         model,
         tokens,

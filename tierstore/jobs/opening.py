@@ -169,6 +169,7 @@ class _Opening:
                 self._kv_nbytes,
                 vocabulary=known,
                 positions=self._positions,
+                sequences=settings.sequences,
                 closing=self._closing,
             )
         else:
@@ -180,6 +181,7 @@ class _Opening:
                 vocabulary=known,
                 positions=self._positions,
                 unified=self._unified,
+                sequences=settings.sequences,
                 closing=self._closing,
             )
             if why := why_widened(session.module):
@@ -187,7 +189,7 @@ class _Opening:
         engine = Engine(
             ready.model,
             self._encoder,
-            limits=replace(ready.limits, sequences=min(ready.limits.sequences, settings.sequences or 1 << 40)),
+            limits=ready.limits,
             ends=self._ends,
             positions=self._positions,
             seed=settings.seed,
