@@ -31,13 +31,15 @@ REPORT = Report(peak_bytes={}, links={}, stall_seconds={}, misses=0, resident_sh
 
 @dataclass
 class Fake:
-    """A model and its session: a pass takes ``compute(tokens)`` seconds and ``noise``, or the ``transfer`` of weights.
+    """A model and its session: a pass takes ``compute(tokens)`` seconds and ``noise``, or the ``transfer`` of weights,
+    which is ``late`` by so many seconds in the first passes.
 
     The first pass takes 5 seconds more."""
 
     compute: Callable[[int], float]
     transfer: float = 0.0
     noise: Sequence[float] = (0.0,)
+    late: Sequence[float] = ()
     capacity: Capacity = field(default_factory=lambda: Capacity(64, 1000, 100))
     tokens: int = 7
     now: float = 0.0
@@ -67,8 +69,9 @@ class Fake:
         assert [given.prompt for given in slices] == [True] + [False] * (len(slices) - 1)
         compute = self.compute(self.tokens) + self.noise[len(self.passes) % len(self.noise)]
         first = 0.0 if self.passes else 5.0
-        self.waited += max(0.0, self.transfer - compute)
-        self.now += max(compute, self.transfer) + first
+        transfer = self.transfer + (self.late[len(self.passes)] if len(self.passes) < len(self.late) else 0.0)
+        self.waited += max(0.0, transfer - compute)
+        self.now += max(compute, transfer) + first
         self.shapes.append([len(given.tokens) for given in slices])
         self.passes.append((self.tokens, tuple(token for given in slices for token in given.tokens)))
 
@@ -109,14 +112,28 @@ def test_tokens_are_of_a_prompt_and_of_many_sequences(generated: float, single: 
     assert small.shapes[0] == [28, 1, 1, 1, 1], "each has a page open"
 
 
-def test_a_pass_that_streams_is_made_four_times() -> None:
+def test_what_streams_has_a_pass_more() -> None:
     fake = Fake(lambda tokens: 1 + tokens / 64, transfer=10.0)
     found, transfer = fake.probe([8, 16, 32, 64, 128])
-    assert [tokens for tokens, _ in fake.passes] == [8, 8, 32, 128]
-    assert [len(prompt) for _, prompt in fake.passes] == [8, 8, 32, 128]
-    assert len(set(fake.passes[-1][1])) > 10, "tokens differ, as experts are chosen by them"
+    assert [tokens for tokens, _ in fake.passes] == [8, 8, 32, 128, 8]
+    assert [len(prompt) for _, prompt in fake.passes] == [8, 8, 32, 128, 8]
+    assert len(set(fake.passes[3][1])) > 10, "tokens differ, as experts are chosen by them"
     assert found == pytest.approx({8: 1.125, 16: 1.25, 32: 1.5, 64: 2.0, 128: 3.0})
     assert transfer == 10.0
+
+
+@pytest.mark.parametrize(
+    ("late", "passes", "transfer"),
+    [
+        ((5.0, 3.0, 2.0, 0.0, 0.0), 5, 4.0),
+        ((6.0, 6.0, 6.0, 6.0, 6.0), 5, 10.0),
+        ((9.0, 7.0, 5.0, 2.5, 1.2), 7, 4.0),
+    ],
+)
+def test_a_disk_that_is_slow_at_first(late: Sequence[float], passes: int, transfer: float) -> None:
+    fake = Fake(lambda tokens: 1.0, transfer=4.0, late=late)
+    assert fake.probe([8, 32, 128])[1] == pytest.approx(transfer)
+    assert len(fake.passes) == passes
 
 
 def test_a_pass_that_never_waits_has_the_figures_of_the_links() -> None:

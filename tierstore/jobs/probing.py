@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _STRIDE = 7919  # a prime: neighbouring tokens differ, as they should where they choose experts
 _LONG = 1.0  # seconds of a pass that need not be measured twice
 _WAITED = 0.1  # a pass that waited for so much of its time took as long as its weights did
+_FASTER = 0.95  # of the seconds before: a disk that was idle is slow at first
+_MOST = 3  # passes more, until none is faster
 
 
 class Model(Protocol):
@@ -55,7 +57,8 @@ def probe(
     Three sizes are measured, by sequences that are gone afterwards: a share of ``generated`` tokens are each of a
     sequence of its own, and a prompt has the others. Sizes between these are taken to lie on lines. The smallest has
     two passes, as the first one brings what stays. So has one whose tokens seem to be no cheaper than those of a
-    smaller one, and where nothing streams every short one; the faster pass counts. Sizes of more tokens than
+    smaller one, and where nothing streams every short one; the faster pass counts. Where passes wait for weights the
+    smallest has some more, until they are no faster any more. Sizes of more tokens than
     ``positions``, or than pages hold, are left out, but for the smallest, which is then padded. ``clock`` gives
     seconds. Raises what the model raises.
     """
@@ -81,6 +84,13 @@ def probe(
         for smaller, size in pairwise(few):
             if seconds[size] < short or seconds[size] / size >= seconds[smaller] / smaller:
                 measure(size)
+        for _ in range(_MOST):
+            if not any(map(_waits, passes[1:])):
+                break
+            fastest = min(took for took, _ in passes[1:])
+            measure(few[0])
+            if passes[-1][0] >= _FASTER * fastest:
+                break
     finally:
         model.tokens = before
     return BatchCosts(_table(sizes, seconds), _transfer_seconds(session.plan, passes[1:]))
@@ -120,14 +130,20 @@ def _time_pass(
             model.remove(sequence)
 
 
+def _waits(taken: tuple[float, float]) -> bool:
+    """Whether a pass took as long as its weights did."""
+    seconds, waited = taken
+    return waited >= _WAITED * seconds
+
+
 def _transfer_seconds(plan: Plan, passes: Sequence[tuple[float, float]]) -> float:
-    """What a pass takes that waits for its weights; where none waited, what the links that were measured would take."""
+    """What the weights of a pass take: as long as the fastest, where some had to wait for theirs; where none waited,
+    what the links that were measured would take."""
     if not plan.streamed_nbytes:
         return 0.0
-    bound = [seconds for seconds, waited in passes if waited >= _WAITED * seconds]
-    return min(
-        bound, default=max((plan.seconds_each[link] for link in plan.seconds_each if link != "compute"), default=0)
-    )
+    if any(map(_waits, passes)):
+        return min(seconds for seconds, _ in passes)
+    return max((plan.seconds_each[link] for link in plan.seconds_each if link != "compute"), default=0.0)
 
 
 def _table(sizes: Sequence[int], measured: Mapping[int, float]) -> dict[int, float]:
