@@ -197,12 +197,12 @@ def _paragraphs() -> list[str]:
 
 def arguments() -> argparse.Namespace:
     """The command line, checked."""
-    parser = parser_for(__doc__, timeout=300)
+    parser = parser_for(__doc__, timeout=600)
     parser.add_argument("--hbm", type=nbytes, help="of weights and KV together (default: the cap - 700 MiB)")
     parser.add_argument("--kv-hbm", type=nbytes, default=512 << 20, help="of KV in that (default: 512MiB)")
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="batches (default: 1 8 32)")
     parser.add_argument("--tokens", type=int, default=24, help="of each text (default: 24)")
-    parser.add_argument("--prompts", type=int, default=8, help="whose texts are drafted (default: 8)")
+    parser.add_argument("--prompts", type=int, default=3, help="whose texts are drafted (default: 3)")
     parser.add_argument("--drafted", type=int, default=96, help="tokens of each of these texts (default: 96)")
     parser.add_argument("--draft-hbm", type=nbytes, default=64 << 20, help="of weights then (default: 64MiB)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
