@@ -96,13 +96,13 @@ class Bench:
 
     def _fitting(self, store: Path) -> None:
         """All in memory after packing, beside llama.cpp."""
-        fitting = replace(self._job, kind="tierstore_decode", checkpoint=str(store), hbm=2 * self.shape.nbytes())
-        ways = {"int4, all in memory": replace(fitting, steps=2 if self._smoke else 16)}
+        hbm, steps = 2 * self.shape.nbytes(), 2 if self._smoke else 16
+        ours = replace(self._job, kind="tierstore_decode", checkpoint=str(store), hbm=hbm, steps=steps)
+        ways = {"int4, all in memory": ours}
         if not self._smoke and has_llama_cpp():
             file = str(self._scratch / "model.gguf")
             self._measure("write llama.cpp's file", kind="llama_cpp_pack", out=file)
-            there = replace(ways["int4, all in memory"], kind="llama_cpp_decode", checkpoint=file)
-            ways["llama.cpp Q4_0, all in memory"] = there
+            ways["llama.cpp Q4_0, all in memory"] = replace(ours, kind="llama_cpp_decode", checkpoint=file)
         found: dict[str, list[list[float]]] = {way: [] for way in ways}
         for _ in range(1 if self._smoke else FITTING_ROUNDS):
             for way, job in ways.items():
@@ -115,7 +115,7 @@ class Bench:
             self.rows.append(Row("llama.cpp Q4_0", "not measured: needs llama-cpp-python and gguf"))
             return
         ours_each, theirs_each = ([statistics.median(times) for times in each] for each in found.values())
-        speed = statistics.median(theirs / ours for ours, theirs in zip(ours_each, theirs_each, strict=True))
+        speed = statistics.median(theirs / mine for mine, theirs in zip(ours_each, theirs_each, strict=True))
         self.rows.append(
             Row(
                 "int4: speed / llama.cpp's, median of turns",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from importlib.util import module_from_spec, spec_from_file_location
 from types import SimpleNamespace
 
@@ -16,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.torch_threads import threads
 from tierstore.formats import fast4
 from tierstore.formats.cpu import FAST_ROWS, choose, int4_tile_rows
 from tierstore.formats.fast4 import can_compile, fast_product
@@ -66,16 +65,6 @@ def expected(x: Tensor, form: Format, parts: Parts, n: int) -> Tensor:
         sums = input_.sum(1, keepdim=True).float()
         product += factor[:, None] * (scale[number] * dot + zero[number] * sums)
     return product[:, :n].to(x.dtype)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @compiled

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.torch_threads import threads
 from tierstore.errors import ModuleError
 from tierstore.extents import align_up
 from tierstore.formats import rows
@@ -349,11 +350,8 @@ def test_tiles_change_nothing(form: Format, shape: tuple[int, int]) -> None:
 def test_threads_change_nothing(form: Format, shape: tuple[int, int]) -> None:
     matrix = normal(*shape) ** 3
     want = form.pack(matrix)
-    torch.set_num_threads(3)
-    try:
+    with threads(3):
         assert same(form.pack(matrix), want)
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("name", ["fp8", "mxfp4", "bf16"])

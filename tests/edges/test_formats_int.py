@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.torch_threads import threads
 from tierstore.errors import ModuleError
 from tierstore.formats import blocks, rows
 from tierstore.formats.format import Format, Parts
@@ -512,11 +513,8 @@ def test_tiles_and_threads_change_nothing(form: Format, monkeypatch: pytest.Monk
         patch.setattr(blocks, "WIDTH", 1100)
         patch.setattr(rows, "TILE", 20_000)
         assert_same_parts(form.pack(matrix), whole)
-    torch.set_num_threads(2)
-    try:
+    with threads(2):
         assert_same_parts(form.pack(matrix), whole)
-    finally:
-        torch.set_num_threads(1)
 
 
 class LargestResult(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
+from tests.torch_threads import threads
 from tierstore.kernels.paged_attention.reference import attention, with_sinks
 from tierstore.kernels.paged_attention.tiles import BLOCK_TOKENS, TileAttention
 
@@ -115,14 +115,6 @@ def problems(draw: st.DrawFn) -> Problem:
     }
     sinks = normal(kv_heads * group) if draw(st.booleans()) else None
     return Problem(sequences, queries, kv_heads, options, sinks, seed)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
 
 
 def in_company(problem: Problem, chance: random.Random) -> tuple[list[tuple[int, list[int]]], Any]:

@@ -115,13 +115,3 @@ def greedy(batch: TokenModel, prompts: Sequence[Sequence[int]], new: int) -> lis
     for number in numbers:
         batch.remove(number)
     return texts
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

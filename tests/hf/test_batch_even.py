@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.hf.batches import threads
 from tests.hf.paged import decoder
 from tests.jobs.small import settings_of, write_prompts
+from tests.torch_threads import threads
 from tierstore.hf.batch.even import even_tokens
 from tierstore.jobs.opening import MAY_DEPEND, OpenJob, open_job
 from tierstore.jobs.prompts import PromptFile

@@ -18,10 +18,10 @@ from tests.hf.batches import (
     smallest,
     some_tokens,
     text_slice,
-    threads,
     token_model,
 )
 from tests.hf.paged import decoder
+from tests.torch_threads import threads
 from tierstore.errors import CapacityError, ModuleError, PageLostError
 from tierstore.hf.batch.slices import Slice
 from tierstore.hf.batch.support import why_not_exact, why_not_tokens

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tierstore
+from tests.torch_threads import threads
 from tierstore import Budget
 from tierstore.hf.batch import widened
 from tierstore.hf.batch.widened import Widened, why_widened
@@ -49,12 +50,10 @@ def test_it_is_the_float32_sum_rounded_once(
 
 
 @pytest.mark.usefixtures("slow")
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("rows", [8, 16, 40])
-def test_bits_of_a_row_depend_on_that_row(rows: int, threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+def test_bits_of_a_row_depend_on_that_row(rows: int, count: int) -> None:
+    with threads(count):
         torch.manual_seed(1)
         linear = nn.Linear(192, 130, dtype=torch.bfloat16)
         given, others = torch.randn(2, rows, 192, dtype=torch.bfloat16).unbind()
@@ -66,8 +65,6 @@ def test_bits_of_a_row_depend_on_that_row(rows: int, threads: int) -> None:
             assert torch.equal(linear(given[order]), found[order])
             assert torch.equal(linear(others)[rows // 2], found[0])
         ways.close()
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("slow")

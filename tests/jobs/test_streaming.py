@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.hf.batches import threads
 from tests.jobs.test_engine import alone, engine_of, row_of
 from tests.jobs.toy import ToyModel
+from tests.torch_threads import threads
 from tierstore.errors import StoreReadError
 from tierstore.jobs import streaming
 from tierstore.jobs.engine import Engine

@@ -13,9 +13,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from tierstore.errors import DeviceError, TierstoreError
+from tierstore.jobs.compute_thread import compute_thread
 from tierstore.jobs.engine import Counts, Engine
 from tierstore.jobs.opening import OpenJob, open_job
 from tierstore.jobs.ray_errors import error_of, error_table
@@ -74,8 +73,7 @@ class Answering:
         self._job: OpenJob | None = None
         self._error: TierstoreError | None = None
         self._closed = False
-        self._threads = torch.get_num_threads()
-        self._thread = threading.Thread(target=self._work, name="tierstore-ray-worker", daemon=True)
+        self._thread = compute_thread(self._work, "tierstore-ray-worker")
         self._thread.start()
 
     def answer(self, rows: Sequence[Row | BadRow]) -> Iterator[Message]:
@@ -124,7 +122,6 @@ class Answering:
 
     def _work(self) -> None:
         error: BaseException = DeviceError("the worker is closed")
-        torch.set_num_threads(self._threads)  # a new thread does not know, and other numbers may give other bits
         try:
             with self._opened() as self._job:
                 engine = self._job.engine

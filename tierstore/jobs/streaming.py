@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
+from tierstore.jobs.compute_thread import compute_thread
 from tierstore.jobs.engine import Engine
 from tierstore.jobs.ids import Id
 from tierstore.jobs.lines import Line
@@ -104,14 +103,13 @@ class _Worker:
     def __init__(self, opened: Opened) -> None:
         self._opened = opened
         self._loop = asyncio.get_running_loop()
-        self._threads = torch.get_num_threads()
         self._stopped = False
         self._rows: queue.SimpleQueue[Row | BadRow | None] = queue.SimpleQueue()
         self._results: asyncio.Queue[list[Result] | BaseException | None] = asyncio.Queue()
         self._rows_free = asyncio.Semaphore(ROWS_AHEAD)
         self._results_free = threading.Semaphore(RESULTS_AHEAD)
         self._over = asyncio.Event()
-        self._thread = threading.Thread(target=self._work, name="tierstore-job", daemon=True)
+        self._thread = compute_thread(self._work, "tierstore-job")
         self._thread.start()
 
     # ---- in the event loop
@@ -152,7 +150,6 @@ class _Worker:
 
     def _work(self) -> None:
         end: BaseException | None = None
-        torch.set_num_threads(self._threads)  # a new thread does not know, and other numbers may give other bits
         try:
             with self._opened() as job:
                 for some in job.engine.answer(self._given(job.engine)):
