@@ -214,7 +214,7 @@ def test_rows_are_looked_up_part_by_part(form: Format) -> None:
 # --- memory ---
 
 
-@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("m", [1, 60])
 def test_no_whole_matrix_stands_unpacked(form: Format, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "TILE", 1 << 14)
     n, k, scratch = 1024, 256, Scratch()

@@ -74,8 +74,14 @@ def test_an_error_of_a_worker_is_raised_here(cluster: str, tiny_checkpoint: Path
 def test_a_job_goes_on_whoever_was_stopped_or_killed(
     cluster: str, alone: dict[tuple[str, int], tuple[str, int]], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """First in this process, then a driver on Ray that kills itself, then two workers of which one is killed."""
+    """First on Ray and in this process, then a driver that kills itself, then two workers of which one is killed."""
     prompts, results, settings = write_prompts(tmp_path), tmp_path / "results", settings_of(tiny_checkpoint)
+
+    def stop_at_once(now: JobProgress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(JobInterrupted, match=f"1 of {len(ROWS)} rows"):  # the one that no worker is needed for
+        run(prompts, results, settings, engine="ray", workers=1, progress=stop_at_once)
 
     def stop(now: JobProgress) -> None:
         if now.done_rows > now.failed_rows:

@@ -210,8 +210,8 @@ print(most() - before)
 
 
 def test_memory_does_not_grow_with_the_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    large = write_large(tmp_path / "large", layers=24)
-    assert sum(file.stat().st_size for file in large.iterdir()) > 150 << 20
+    large = write_large(tmp_path / "large", layers=44)
+    assert sum(file.stat().st_size for file in large.iterdir()) > 280 << 20
     ran = subprocess.run(
         [sys.executable, "-c", MEASURED, tiny_checkpoint, large, tmp_path / "out"],
         capture_output=True,

@@ -58,11 +58,11 @@ def fast_product(x: Tensor, form: Format, parts: Parts, n: int, k: int, scratch:
         values = pad(values, (0, group - k % group))
     values = values.contiguous()
     own = [parts[name].contiguous() for name in PARTS[digits]]
-    layout = _layout(values.numel(), values.shape[-1], group, digits, own[0].shape[0])
+    layout = _layout(values.numel(), values.shape[-1], group, digits, own[0].shape[0], torch.get_num_threads())
     memory = scratch.take("fast product", (layout.nbytes,), torch.uint8, x.device).data_ptr()
     product = values.new_empty(*x.shape[:-1], own[0].shape[0] * ROWS)
     _compiled(digits, halves=values.dtype is torch.bfloat16).carry_out(
-        min(torch.get_num_threads(), layout.threads),
+        layout.threads,
         *[part.data_ptr() for part in own],
         *[memory + offset for offset in layout.offsets],
         *layout.counts,
@@ -75,8 +75,8 @@ def fast_product(x: Tensor, form: Format, parts: Parts, n: int, k: int, scratch:
 
 
 class _Layout(NamedTuple):
-    """``counts`` of a job; ``nbytes`` of memory to work with, and where its parts begin; for how many ``threads`` there
-    is enough to do."""
+    """``counts`` of a job; ``nbytes`` of memory to work with, and where its parts begin; how many ``threads`` have
+    enough to do."""
 
     counts: tuple[int, ...]
     nbytes: int
@@ -85,14 +85,14 @@ class _Layout(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _layout(values: int, columns: int, group: int, digits: int, blocks: int) -> _Layout:
+def _layout(values: int, columns: int, group: int, digits: int, blocks: int, most_threads: int) -> _Layout:
     """Of a job with so many ``values`` of input."""
     rows, groups = values // columns, columns // group
+    threads = min(most_threads, 1 + blocks * ROWS * columns * digits // 2 // LEAST_NBYTES)
     # the rounded input, its factors and sums, and totals in float32
-    sizes = (values * digits, 4 * rows * groups, 4 * rows * groups, 4 * blocks * rows * ROWS)
+    sizes = (values * digits, 4 * rows * groups, 4 * rows * groups, 4 * threads * rows * ROWS)
     ends = tuple(accumulate(align_up(size, ALIGN) for size in sizes))
-    code_nbytes = blocks * ROWS * columns * digits // 2
-    return _Layout((rows, groups, group, blocks), ends[-1], (0, *ends[:-1]), 1 + code_nbytes // LEAST_NBYTES)
+    return _Layout((rows, groups, group, blocks), ends[-1], (0, *ends[:-1]), threads)
 
 
 class _Compiled:
@@ -119,7 +119,7 @@ class _Compiled:
 
     def carry_out(self, threads: int, *fields: int) -> None:
         """Carry out a job, of fields in the order that the code says, with some threads, this one among them."""
-        job = (ctypes.c_int64 * (len(fields) + 1))(*fields, 0)
+        job = (ctypes.c_int64 * (len(fields) + 2))(*fields)  # and two counters, which begin at 0
         self._carry_out(job, threads, _parallel() if threads > 1 else 0)
 
 

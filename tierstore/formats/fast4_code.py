@@ -26,12 +26,12 @@ AHEAD = 64
 NIBBLES = {1: ("codes",), 2: ("low", "high")}
 SCALES = {1: ("scales",), 2: ("scales", "steps")}
 OTHERS = ("input", "factors", "sums", "totals", "rows", "groups", "group", "blocks", "x", "product")
-"""Fields of a job, 64 bits each: by planes the parts of the matrix, then what all have. Behind them is the number of
-the first block of 64 rows that nobody has begun.
+"""Fields of a job, 64 bits each: by planes the parts of the matrix, then what all have. Behind them are the number of
+the first block of 64 rows that nobody has begun, and that of the threads that have begun.
 
 Of ``x`` [rows, groups * group] and ``product`` [rows, blocks * 64] the values are float32 or bfloat16. The others are
 memory to work with: ``input`` int8 [rows, groups, digits, group], ``factors`` float32 and ``sums`` int32
-[rows, groups], ``totals`` float32 [blocks, rows, 64]."""
+[rows, groups], ``totals`` float32 [threads, rows, 64]."""
 
 
 def write(planes: int, *, halves: bool) -> ir.Module:
@@ -125,6 +125,7 @@ def _write_multiply(module: ir.Module, planes: int, halves: bool) -> Any:
     field = _fields(code, job, planes)
     rows, groups, group, blocks = (field[name] for name in ("rows", "groups", "group", "blocks"))
     places = _Places(code)
+    thread = code.atomic_rmw("add", code.gep(job, [code.word(len(field) + 1)]), code.word(1), "monotonic")
     begin, work, end = (function.append_basic_block(name) for name in ("begin", "work", "end"))
     code.branch(begin)
     code.position_at_end(begin)
@@ -146,7 +147,7 @@ def _write_multiply(module: ir.Module, planes: int, halves: bool) -> Any:
             total = code.splat(code.load(code.gep(code.pointer(field["sums"], I32), [which])), LANES)
             middle = code.mul(total, code.all_of(INTS, 8 if planes == 1 else 8 * PLANES))
             whole = code.sitofp(total, FLOATS)
-            out = _totals(code, field, block, row)
+            out = _totals(code, field, thread, row)
             for first in range(0, ROWS, LANES):
                 dot = code.sitofp(code.sub(code.load(places.dots[first]), middle), FLOATS)
                 dot = code.fmul(code.load(places.scales[first]), dot)
@@ -157,7 +158,7 @@ def _write_multiply(module: ir.Module, planes: int, halves: bool) -> Any:
                 code.write(code.fadd(code.select(begun, before, code.all_of(FLOATS, 0.0)), sum_), out, at)
     product = code.pointer(field["product"], I16 if halves else F32)
     with code.loop(rows) as row:
-        total = _totals(code, field, block, row)
+        total = _totals(code, field, thread, row)
         own = code.gep(product, [code.mul(code.add(code.mul(row, blocks), block), code.word(ROWS))])
         for first in range(0, ROWS, LANES):
             at = code.word(first)
@@ -174,9 +175,9 @@ def _fields(code: Code, job: Any, planes: int) -> dict[str, Any]:
     return {name: code.load(code.gep(job, [code.word(number)])) for number, name in enumerate(names)}
 
 
-def _totals(code: Code, field: dict[str, Any], block: Any, row: Any) -> Any:
-    """Where the sums of a row of the input and a block of 64 rows of the matrix are."""
-    at = code.mul(code.add(code.mul(block, field["rows"]), row), code.word(ROWS))
+def _totals(code: Code, field: dict[str, Any], thread: Any, row: Any) -> Any:
+    """Where a thread adds up a row of the input times the block of 64 rows of the matrix that it has begun."""
+    at = code.mul(code.add(code.mul(thread, field["rows"]), row), code.word(ROWS))
     return code.gep(code.pointer(field["totals"], F32), [at])
 
 
