@@ -87,8 +87,8 @@ class Case:
         return cast(Tensor, reference.unpack(*parts, n, k, *self.more))
 
     def terms(self, parts: Parts, n: int, k: int) -> Tensor:
-        """What is added for each weight, as magnitudes, float32 [n, k]: kernels multiply by ``scale * code`` and by zero
-        apart, and where the two nearly cancel each is much more than the weight. Zeros are what middle codes mean."""
+        """What is added for each weight, as magnitudes, float32 [n, k]: kernels multiply by code and by zero apart, and
+        where the two nearly cancel each is much more than the weight. The zeros are what the middle codes mean."""
         middle = [torch.full_like(part, 0x88) for part in parts[: self.planes]]
         zeros = self.unpack((*middle, *parts[self.planes :]), n, k) if self.planes else torch.zeros(())
         return (self.unpack(parts, n, k) - zeros).abs() + zeros.abs()
