@@ -86,7 +86,7 @@ def test_smoke_run_of_accuracy(tmp_path: Path) -> None:
 
 def test_smoke_run_of_activations(tmp_path: Path) -> None:
     out = tmp_path / "out.txt"
-    done = run("bench_activations.py", "--smoke", "--threads=1", "--bound=60MiB", "--out", out)
+    done = run("bench_activations.py", "--smoke", "--threads=1", "--bound=2MiB", "--out", out)
     assert done.returncode == 0, done.stderr
     assert out.read_text() == done.stdout
     table, _, line = done.stdout.rstrip("\n").rpartition("\n\n")

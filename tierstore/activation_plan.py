@@ -16,6 +16,9 @@ from tierstore.errors import PlanError
 CHUNK_TOKENS = 64
 """Chunks of more tokens are multiples of this, so that they fill whole pages."""
 
+MASKED = 1 << 22
+"""So many elements of a mask over pages at once, at most: more would not be faster."""
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -23,7 +26,8 @@ class LayerShape:
 
     ``queries`` are heads times width, ``keys`` those of keys and values together, ``inner`` is the width of the MLP
     within. ``chunked_mlp`` says whether an MLP can be run over fewer rows than the rest of its layer. Attention over
-    pages takes ``fixed_nbytes``, whatever the context and the chunk. Other attention has ``key_nbytes`` for every token
+    pages takes ``fixed_nbytes``, whatever the context and the chunk, and a block of a mask at a time, whose elements
+    are ``masked_nbytes`` each and ``masked_least`` a row or more. Other attention has ``key_nbytes`` for every token
     and every key that it may see, in a dense mask or in scores that are written down, and ``context_nbytes`` for each
     position, in copies that a layer makes of its keys and values.
     """
@@ -38,6 +42,8 @@ class LayerShape:
     key_nbytes: int = 0
     context_nbytes: int = 0
     fixed_nbytes: int = 0
+    masked_nbytes: int = 0
+    masked_least: int = 0
 
     @property
     def attention_nbytes(self) -> int:
@@ -65,31 +71,35 @@ class LayerShape:
 @dataclass(frozen=True)
 class ActivationPlan:
     """``prefill_tokens`` of every row of a batch go through the model at a time, and of all these tokens together
-    ``mlp_tokens`` through an MLP."""
+    ``mlp_tokens`` through an MLP. Attention over pages takes ``block_nbytes`` for a block of a mask."""
 
     prefill_tokens: int
     mlp_tokens: int
+    block_nbytes: int = 0
 
 
 def build_activation_plan(nbytes: int, shape: LayerShape, *, batch: int, context: int) -> ActivationPlan:
     """The most tokens that ``nbytes`` of activations allow, for ``batch`` rows of at most ``context`` positions.
 
-    Logits of one position a row are counted; more are a result that the caller asked for. Raises ``PlanError``, with
-    the smallest number of bytes that would do, where one token a row does not fit.
+    A block of a mask grows with the bound, by a quarter of what is beyond the least that would do, up to ``MASKED``
+    elements. Logits of one position a row are counted; more are a result that the caller asked for. Raises
+    ``PlanError``, with the smallest number of bytes that would do, where one token a row does not fit.
     """
     keyed = shape.attention_nbytes + context * shape.key_nbytes
     # a dense mask, or what it is made of, lives on beside the MLP
     beside = shape.beside_nbytes + context * shape.key_nbytes
     least_inner = shape.inner_nbytes if shape.chunked_mlp else batch * shape.inner_nbytes
     fixed = shape.fixed_nbytes + batch * (shape.logits_nbytes + context * shape.context_nbytes)
-    needed = fixed + max(batch * keyed, batch * beside + least_inner)
+    least_block = batch * shape.masked_least * shape.masked_nbytes
+    needed = fixed + least_block + max(batch * keyed, batch * beside + least_inner)
     if nbytes < needed:
         raise PlanError(
             f"one token of {batch} rows with {context} positions needs {format_nbytes(needed)} of activations, the "
             f"budget has {format_nbytes(nbytes)}: raise Budget.activations to at least {needed} bytes",
             needed=needed,
         )
-    room = nbytes - fixed
+    block = min(least_block + (nbytes - needed) // 4, max(least_block, MASKED * shape.masked_nbytes))
+    room = nbytes - fixed - block
     if shape.chunked_mlp:
         tokens = min(room // (batch * keyed), (room - least_inner) // (batch * beside))
     else:
@@ -97,4 +107,4 @@ def build_activation_plan(nbytes: int, shape: LayerShape, *, batch: int, context
     if tokens > CHUNK_TOKENS:
         tokens -= tokens % CHUNK_TOKENS
     within = (room - tokens * batch * beside) // shape.inner_nbytes
-    return ActivationPlan(tokens, min(within, tokens * batch))
+    return ActivationPlan(tokens, min(within, tokens * batch), block)

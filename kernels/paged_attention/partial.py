@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-_SCORES = 1 << 22
+SCORES = 1 << 22
 """So many scores, at most, stand in memory at once where no fused operation does the work: 16 MiB."""
 _FLOATS = 1 << 20
 """So many numbers of keys, and of values, are made float32 at once: what stays in a cache until it is read."""
@@ -172,7 +172,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
     """By what is fastest. On a CPU float16, and few queries in bfloat16, are slower than the same made float32."""
     rows, heads, queries, _ = q.shape
     if softcap is not None or q.device.type not in ("cpu", "cuda") or (q.is_cuda and q.dtype == torch.float64):
-        step = _SCORES // (rows * heads * queries)
+        step = SCORES // (rows * heads * queries)
         return _in_float32(lambda q, k, v, mask: _plain(q, k, v, mask, scale, softcap), step, q, k, v, mask)
     if q.device.type == "cuda":
         return _fused_on_cuda(q, k, v, mask, scale)

@@ -154,7 +154,7 @@ def test_keys_are_taken_in_blocks(
     monkeypatch: pytest.MonkeyPatch, rows: int, queries: int, dtype: torch.dtype, softcap: float | None
 ) -> None:
     """More blocks than are kept apart before they are added up; and, of one row, more than there are cores."""
-    for name in ("_FLOATS", "_SCORES", "_LEAST", "_LEAST_SHARE"):
+    for name in ("_FLOATS", "SCORES", "_LEAST", "_LEAST_SHARE"):
         monkeypatch.setattr(module, name, FEW_KEYS)
     generator = Generator().manual_seed(0)
     q = torch.randn(rows, 4, queries, 8, generator=generator).to(dtype)

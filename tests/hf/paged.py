@@ -35,9 +35,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "GPTBigCodeForCausalLM": {**ZOO["GPT2LMHeadModel"], "n_positions": 512, "multi_query": True},
     "GPT2LMHeadModel": {"n_positions": 512},
     "FalconForCausalLM": _LONG,
+    "DeepseekV3ForCausalLM": {**_LONG, "v_head_dim": 8},
+    "DeepseekV2ForCausalLM": {**ZOO["DeepseekV3ForCausalLM"], **_LONG, "topk_method": "greedy", "v_head_dim": 24},
 }
 """Grouped queries; windows; windows in some layers, and scores that are capped; attention sinks; one head of keys for
-all queries; no rotation; and a model with attention of its own."""
+all queries; no rotation; a model with attention of its own; and two that keep what keys and values are made from."""
 ARCHITECTURES = tuple(CHANGES)
 
 

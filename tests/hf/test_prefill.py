@@ -21,6 +21,7 @@ from tierstore.errors import CapacityError, ModuleError, PlanError
 from tierstore.hf.activations import layer_shape
 from tierstore.hf.chunked_mlp import ChunkedMlps
 from tierstore.hf.kv.generating import make_kv
+from tierstore.hf.kv.memory import KvMemory
 from tierstore.hf.prefill import ChunkedPrefill
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -48,9 +49,9 @@ def model_of(name: str = "LlamaForCausalLM", **changes: Any) -> Any:
     return tiny(name, **{"max_position_embeddings": 128, **MODELS.get(name, {}), **changes}).eval()
 
 
-def bound(model: Any, *, tokens: int = 9, batch: int = 2, scratch_nbytes: int | None = None) -> int:
+def bound(model: Any, *, tokens: int = 9, batch: int = 2, memory: KvMemory | None = None) -> int:
     """The smallest bound that lets so many tokens a row through at once."""
-    shape = layer_shape(model, chunked_mlp=ChunkedMlps(model).complete, scratch_nbytes=scratch_nbytes)
+    shape = layer_shape(model, chunked_mlp=ChunkedMlps(model).complete, memory=memory)
 
     def allows(nbytes: int) -> bool:
         try:
@@ -66,7 +67,7 @@ def bound(model: Any, *, tokens: int = 9, batch: int = 2, scratch_nbytes: int | 
 
 
 @contextmanager
-def chunked(model: Any, **sizes: int) -> Iterator[ChunkedPrefill]:
+def chunked(model: Any, **sizes: Any) -> Iterator[ChunkedPrefill]:
     prefill = ChunkedPrefill(model, bound(model, **sizes))
     try:
         yield prefill
@@ -191,9 +192,12 @@ def test_over_pages(name: str) -> None:
         notes=[],
         page_tokens=8,
     )
-    with pytest.raises(PlanError, match=r"raise Budget\.activations"):
-        ChunkedPrefill(model, bound(model), kv)
-    prefill = ChunkedPrefill(model, bound(model, scratch_nbytes=kv.memory.plan.scratch_nbytes), kv)
+    with pytest.raises(PlanError, match=r"raise Budget\.activations") as refusal:
+        ChunkedPrefill(model, 100, kv)
+    with pytest.raises(PlanError, match=f"to at least {refusal.value.needed} bytes"):
+        ChunkedPrefill(model, refusal.value.needed - 1, kv)
+    ChunkedPrefill(model, refusal.value.needed, kv).close()
+    prefill = ChunkedPrefill(model, bound(model, memory=kv.memory), kv)
     seen = lengths_of(model)
     assert torch.equal(model.generate(PROMPT, **asked), want)
     assert prefill.chunks == 5

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierstore.activation_plan import CHUNK_TOKENS, ActivationPlan, LayerShape, build_activation_plan
+from tierstore.activation_plan import CHUNK_TOKENS, MASKED, ActivationPlan, LayerShape, build_activation_plan
 from tierstore.errors import PlanError
 
 LLAMA_8B = LayerShape(4096, 14336, 4096, 2048, 128256, 2, chunked_mlp=True)
@@ -24,6 +26,8 @@ shapes = st.builds(
     key_nbytes=st.sampled_from([0, 3, 40]),
     context_nbytes=st.sampled_from([0, 256]),
     fixed_nbytes=st.sampled_from([0, 10**6]),
+    masked_nbytes=st.sampled_from([0, 14]),
+    masked_least=st.sampled_from([0, 4096]),
 )
 batches, contexts = st.integers(1, 9), st.integers(0, 70_000)
 
@@ -34,7 +38,7 @@ def need(shape: LayerShape, plan: ActivationPlan, batch: int, context: int) -> i
     attention = tokens * (shape.attention_nbytes + mask)
     mlp = tokens * (shape.beside_nbytes + mask) + plan.mlp_tokens * shape.inner_nbytes
     fixed = shape.fixed_nbytes + batch * (shape.logits_nbytes + context * shape.context_nbytes)
-    return fixed + max(attention, mlp)
+    return fixed + plan.block_nbytes + max(attention, mlp)
 
 
 def planned(nbytes: int, shape: LayerShape, batch: int, context: int) -> tuple[ActivationPlan | None, int]:
@@ -64,10 +68,13 @@ def test_fills_the_bound_and_no_more(shape: LayerShape, batch: int, context: int
     if not shape.chunked_mlp:
         assert plan.mlp_tokens == rows
     step = CHUNK_TOKENS if plan.prefill_tokens >= CHUNK_TOKENS else 1
-    more = ActivationPlan(plan.prefill_tokens + step, 1 if shape.chunked_mlp else rows + step * batch)
+    least = batch * shape.masked_least * shape.masked_nbytes
+    assert least <= plan.block_nbytes <= max(least, MASKED * shape.masked_nbytes)
+    more = replace(plan, prefill_tokens=plan.prefill_tokens + step)
+    more = replace(more, mlp_tokens=1 if shape.chunked_mlp else rows + step * batch)
     assert need(shape, more, batch, context) > nbytes
     if plan.mlp_tokens < rows:
-        assert need(shape, ActivationPlan(plan.prefill_tokens, plan.mlp_tokens + 1), batch, context) > nbytes
+        assert need(shape, replace(plan, mlp_tokens=plan.mlp_tokens + 1), batch, context) > nbytes
 
 
 @settings(max_examples=30, deadline=None)
@@ -78,6 +85,7 @@ def test_more_bytes_never_allow_fewer_tokens(
     less, _ = planned(nbytes, shape, batch, context)
     greater, _ = planned(nbytes + more, shape, batch, context)
     assert less is None or (greater is not None and greater.prefill_tokens >= less.prefill_tokens)
+    assert less is None or (greater is not None and greater.block_nbytes >= less.block_nbytes)
 
 
 def test_with_pages_the_context_does_not_matter() -> None:
@@ -85,6 +93,18 @@ def test_with_pages_the_context_does_not_matter() -> None:
     (plan,) = plans
     assert plan.prefill_tokens % CHUNK_TOKENS == 0
     assert 1 <= plan.mlp_tokens < plan.prefill_tokens
+
+
+def test_a_block_of_a_mask_follows_the_bound() -> None:
+    paged = replace(LLAMA_8B, masked_nbytes=12, masked_least=64 * CHUNK_TOKENS)
+    plain, needed = planned(0, LLAMA_8B, 1, 8192)
+    assert plain is None
+    assert planned(0, paged, 1, 8192) == (None, needed + 12 * 64 * CHUNK_TOKENS)
+    bounds = [needed + (mib << 20) for mib in (1, 16, 64, 1024)]
+    blocks = [build_activation_plan(nbytes, paged, batch=1, context=8192).block_nbytes for nbytes in bounds]
+    assert blocks == sorted(set(blocks)), "a smaller bound has smaller blocks"
+    assert blocks[0] < 1 << 20
+    assert blocks[-1] == 12 * MASKED, "more would not be faster"
 
 
 def test_the_refusal_says_what_to_do() -> None:

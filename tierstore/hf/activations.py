@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from tierstore.activation_plan import LayerShape
+from tierstore.activation_plan import CHUNK_TOKENS, LayerShape
 from tierstore.errors import ModuleError
-from tierstore.hf.kv.paged import MASKED
+from tierstore.hf.kv.latent import expanding_attentions, expansion_of
+from tierstore.kernels.paged_attention.partial import SCORES
+
+if TYPE_CHECKING:
+    from tierstore.hf.kv.memory import KvMemory
 
 MASKLESS = ("flash", "flex")
 """Attention of these kinds writes down neither scores nor masks as wide as all keys."""
 
 
-def layer_shape(module: nn.Module, *, chunked_mlp: bool, scratch_nbytes: int | None) -> LayerShape:
-    """The shape of ``module``'s widest layer, with attention over pages that have so much scratch, or None for tensors.
+_KNOWN = 64  # bytes of what is known of each position over pages: its token, column, page and place in that
+
+
+def layer_shape(module: nn.Module, *, chunked_mlp: bool, memory: KvMemory | None) -> LayerShape:
+    """The shape of ``module``'s widest layer, with attention over pages of ``memory``, or None for tensors.
 
     Raises ``ModuleError`` for what has no config of a decoder."""
     whole: Any = getattr(module, "config", None)
@@ -40,12 +47,22 @@ def layer_shape(module: nn.Module, *, chunked_mlp: bool, scratch_nbytes: int | N
         dtype_nbytes=dtype.itemsize,
         chunked_mlp=chunked_mlp,
     )
-    if scratch_nbytes is not None:
+    if memory is not None:
         group = max(2 * shape.queries // shape.keys, 1)
-        # a block of a mask, as bool and as what is added to scores, once more for queries that share keys; or, where
-        # all keys fit the scratch, what attention to them takes in their stead
-        block = MASKED * (2 + (1 + group) * dtype.itemsize)
-        return replace(shape, fixed_nbytes=max(block, scratch_nbytes))
+        page_tokens = max(kind.table.page_tokens for kind in memory.kinds)
+        fixed = 2 * 4 * SCORES if getattr(config, "attn_logit_softcapping", None) else 0
+        expansions = [expansion_of(each) for each in expanding_attentions(module)]
+        if expansions:  # as much as the scratch has, or what one page becomes
+            pages = [each.page_nbytes(memory.kinds[0].cells.shape, dtype.itemsize) for each in expansions]
+            fixed += max(memory.scratch.numel(), *pages)
+        return replace(
+            shape,
+            fixed_nbytes=fixed,
+            context_nbytes=_KNOWN,
+            # as bool, kept and while it is made, and as what is added to scores, once more for queries that share keys
+            masked_nbytes=3 + (1 + group) * dtype.itemsize,
+            masked_least=CHUNK_TOKENS * page_tokens,  # with fewer queries, what is known of each key would count too
+        )
     attention = str(getattr(config, "_attn_implementation", None))
     maskless = any(kind in attention for kind in MASKLESS)
     masks = len(set(getattr(config, "layer_types", None) or ["one"]))

@@ -20,6 +20,7 @@ from tierstore.hf.by_layer import LayerByLayer
 from tierstore.hf.chunked_mlp import ChunkedMlps
 from tierstore.hf.kv.cache import PagedCache
 from tierstore.hf.kv.calls import Call
+from tierstore.hf.kv.memory import Bound
 from tierstore.hf.splitting import CACHES, Forward, length_of, part_of, positions_in, why_not
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ class ChunkedPrefill:
         """Leave the module as it was found. Idempotent."""
         self._closed = True
         withdraw(self._module, self._through)
+        if self._kv is not None:
+            self._kv.memory.bound = Bound()
         if self._head is not None:
             withdraw(self._head, _on_contiguous)
         self._mlps.close()
@@ -100,13 +103,16 @@ class ChunkedPrefill:
 
     def _plan(self, batch: int, length: int, cache: Any) -> ActivationPlan:
         paged = isinstance(cache, PagedCache) and getattr(self._module, "_supports_attention_backend", False)
-        scratch = cache.memory.plan.scratch_nbytes if paged else None
-        shape = layer_shape(self._module, chunked_mlp=self._mlps.complete, scratch_nbytes=scratch)
+        memory = cache.memory if paged else None
+        shape = layer_shape(self._module, chunked_mlp=self._mlps.complete, memory=memory)
         if self._by_layer is not None and not paged:
             waiting = self._by_layer.waiting_nbytes(batch, length, shape)
             shape = replace(shape, fixed_nbytes=shape.fixed_nbytes + waiting)
         context = positions_in(cache) + length
-        return build_activation_plan(self._nbytes, shape, batch=batch, context=context)
+        plan = build_activation_plan(self._nbytes, shape, batch=batch, context=context)
+        if memory is not None:
+            memory.bound = Bound(plan.block_nbytes, plan.block_nbytes // shape.masked_nbytes)
+        return plan
 
     def _stage(self, go_on: Callable[[Call], Any], call: Call) -> Any:
         if self._closed:

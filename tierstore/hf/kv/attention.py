@@ -2,7 +2,8 @@
 
 Where all keys and values of a layer fit the scratch, they are gathered and handed to the attention that the model
 came with, so that its numbers are those of the plain model, bit by bit where pages keep all bits. Otherwise pages are
-attended to group by group while the next ones are on their way, and the parts are merged (online softmax).
+attended to group by group while the next ones are on their way, and the parts are merged (online softmax). Where pages
+keep what keys and values are made from, these are made of what was gathered, or of each group.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tierstore.errors import ModuleError
 from tierstore.hf.kv.decoding import decodable
+from tierstore.hf.kv.latent import Expansion
 from tierstore.hf.kv.masks import LazyMask, lazily
 from tierstore.hf.kv.paged import attend
 from tierstore.hf.kv.room import States
@@ -55,14 +57,16 @@ def paged_attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]
         call = _original(module, original)
         if not (isinstance(key, PagedStates) and isinstance(value, PagedStates) and key.states is value.states):
             return call(module, query, key, value, _whole(attention_mask), scaling=scaling, dropout=0.0, **kwargs)
-        state, layer = cast(CacheState, key.states.source), key.states.layer
-        in_place = decodable(state, layer, query, attention_mask) is not None
-        into = None if in_place else _room(state, layer, query, attention_mask, original, kwargs)
+        state, layer, expansion = cast(CacheState, key.states.source), key.states.layer, key.states.expansion
+        in_place = expansion is None and decodable(state, layer, query, attention_mask) is not None
+        into = None if in_place else _room(state, layer, query, attention_mask, original, kwargs, expansion)
         if into is None:
-            out = attend(state, layer, query, attention_mask, scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
+            softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+            out = attend(state, layer, query, attention_mask, scaling, softcap, sinks, expansion)
             weights = None
         else:
             state.reader(layer).gather(layer, into)
+            into = into if expansion is None else expansion.make(*into)
             out, weights = call(module, query, *into, _whole(attention_mask), scaling=scaling, dropout=0.0, **kwargs)
         state.close(layer)
         return out, weights
@@ -89,7 +93,13 @@ def _whole(mask: Tensor | None) -> Tensor | None:
 
 
 def _room(
-    state: CacheState, layer: int, query: Tensor, mask: Tensor | None, original: str, options: dict[str, Any]
+    state: CacheState,
+    layer: int,
+    query: Tensor,
+    mask: Tensor | None,
+    original: str,
+    options: dict[str, Any],
+    expansion: Expansion | None,
 ) -> States | None:
     """Where to gather keys and values to: memory of the scratch, or None where they do not fit.
 
@@ -99,14 +109,20 @@ def _room(
     sizes = [rows * heads * length * dim for dim in (shape.key_dim, shape.value_dim)]
     starts = [0, -(-sizes[0] // _ALIGN) * _ALIGN]
     element = memory.dtype.itemsize
-    needed = (starts[1] + sizes[1]) * element
+    gathered, beside = (starts[1] + sizes[1]) * element, 0
     group = query.shape[1] // heads
     queries = query.shape[2]
-    if group > 1 and (original == "eager" or queries > 1):
-        needed += (sizes[0] + sizes[1]) * element * group  # where the original repeats them
-    if original == "eager" or (mask is not None and queries > 1):
-        needed += rows * queries * length * (query.shape[1] * 8 if original == "eager" else 1)
-    if needed <= memory.scratch.numel():
+    scores = original == "eager"
+    if expansion is not None:
+        beside += expansion.nbytes(rows * length, element)
+        scores = scores or expansion.key_dim != expansion.value_dim  # which fused attention may not take
+    elif group > 1 and (original == "eager" or queries > 1):
+        beside += (sizes[0] + sizes[1]) * element * group  # where the original repeats them
+    masked = rows * queries * length
+    if scores or (mask is not None and queries > 1):
+        beside += masked * (query.shape[1] * 8 if scores else 1)
+    # what a mask becomes before it is added to scores counts where activations are bounded
+    if gathered + beside <= memory.scratch.numel() and beside + masked * element <= memory.bound.nbytes:
         flat = memory.scratch[: memory.scratch.numel() // element * element].view(memory.dtype)
         parts = [flat[start : start + size] for start, size in zip(starts, sizes, strict=True)]
     elif _only_original(query, mask, options):

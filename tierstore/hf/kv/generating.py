@@ -28,6 +28,7 @@ from tierstore.hf.kv.attending import attending, attention_configs
 from tierstore.hf.kv.attention import ORIGINALS, register
 from tierstore.hf.kv.cache import PagedCache
 from tierstore.hf.kv.calls import Call, standard_positions
+from tierstore.hf.kv.latent import expanding, expanding_attentions
 from tierstore.hf.kv.memory import PAGE_TOKENS, KvMemory
 from tierstore.hf.kv.shapes import dtype_of, layers_of
 from tierstore.hf.kv.standing import StandIn
@@ -92,6 +93,7 @@ class KvGeneration:
             raise ModuleError(f"the forward of {type(module).__name__} takes no cache: load it without kv_hbm")
         self._configs = attention_configs(module)
         self._attention = self._register(notes)
+        self._expanding = expanding_attentions(module)
         self._stages: list[Stage] = [self._run, self._recomputing, self._in_chunks, self._reusing]
         self._generating = 0
         self._stand_in = StandIn(module, self._generate)
@@ -247,7 +249,7 @@ class KvGeneration:
             with uninterleaved():  # the memory is written for one forward at a time
                 yield
             return
-        with attending(self._configs, self._attention):
+        with attending(self._configs, self._attention), expanding(self._expanding):
             yield
 
     def _register(self, notes: MutableSequence[str]) -> str | None:

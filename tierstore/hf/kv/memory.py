@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from sys import maxsize
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
+from tierstore.activation_plan import MASKED
 from tierstore.budget import Budget
 from tierstore.contracts import Pool
 from tierstore.errors import BudgetError, SessionClosedError
@@ -44,6 +46,15 @@ class KvUsage:
     cells: tuple[PagerUsage, ...]
 
 
+@dataclass(frozen=True)
+class Bound:
+    """What attention over pages takes beside the scratch, at most: ``nbytes`` where it is the model's own, and
+    ``masked`` elements of a mask at once where it goes group by group."""
+
+    nbytes: int = maxsize
+    masked: int = MASKED
+
+
 class KvMemory:
     """Frames, page tables and pagers for the layers of one model, within a budget. Used by one thread at a time.
 
@@ -65,6 +76,7 @@ class KvMemory:
         page_tokens: int = PAGE_TOKENS,
     ) -> None:
         self.layers, self.dtype, self.form, self.device = tuple(layers), dtype, form, backend.device
+        self.bound = Bound()
         self._backend, self._recorder = backend, recorder
         if budget.kv_nvme and folder is None:
             raise BudgetError("Budget.kv_nvme is given and there is no folder for pages on disk: give store=")

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from tierstore.activation_plan import CHUNK_TOKENS
 from tierstore.hf.kv.decoding import decodable, decode
+from tierstore.hf.kv.latent import Expansion
 from tierstore.hf.kv.masks import LazyMask
 from tierstore.hf.kv.reading import Group
 from tierstore.hf.kv.room import Room
 from tierstore.hf.kv.state import CacheState
 from tierstore.kernels.paged_attention.partial import Partial, combine, merge, partial, shared, working
+from tierstore.kvformats.format import KvFormat
 
-MASKED = 1 << 22
-"""So many elements of a mask, at most, at once."""
 _SUMMED = 1 << 16  # so many numbers of parts wait to be added up at once
 
 
@@ -28,25 +30,35 @@ def attend(
     scale: float | None,
     softcap: float | None,
     sinks: Tensor | None,
+    expansion: Expansion | None,
 ) -> Tensor:
     """[B, Lq, Hq, value_dim]: attention of ``query`` [B, Hq, Lq, key_dim] over all pages of ``layer``.
 
     ``mask`` is lazy, or dense over the columns that the layer hands out [B or 1, Hq or 1, Lq, L], or None for none.
+    With an ``expansion``, pages keep what keys and values are made from, and no more of them are made at once than the
+    scratch has room for, but for those of one page.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     cells = state.kind_of(layer).cells
     form, shape = cells.form, cells.shape
-    starts = decodable(state, layer, query, mask)
+    starts = decodable(state, layer, query, mask) if expansion is None else None
     if starts is not None:
         found = decode(state, layer, query, starts, scale, softcap)
         return merge([found], sinks).to(query.dtype).transpose(1, 2).contiguous()
-    dtype, tokens = working(query, shape.heads, max(shape.key_dim, shape.value_dim), softcap)
-    room = Room(shape, dtype, query.device, state.memory.scratch)
-    most = room.most if tokens is None else min(room.most, max(tokens // shape.page_tokens, 1))
-    asking, rotated = query.to(dtype), None
     masks = Masks(state, layer, mask, query.shape[2])
-    total = _Total(query, shape.value_dim)
-    for group in state.reader(layer).groups(layer, room, most):
+    scratch, value_dim = state.memory.scratch, shape.value_dim
+    if expansion is None:
+        dtype, tokens = working(query, shape.heads, max(shape.key_dim, value_dim), softcap)
+        most = masks.pages if tokens is None else min(masks.pages, max(tokens // shape.page_tokens, 1))
+    else:
+        dtype, value_dim = query.dtype, expansion.value_dim
+        most = min(masks.pages, max(scratch.numel() // expansion.page_nbytes(shape, dtype.itemsize), 1))
+    room = Room(shape, dtype, query.device, scratch)
+    asking, rotated = query.to(dtype), None
+    total = _Total(query, value_dim)
+    for group in state.reader(layer).groups(layer, room, min(room.most, most)):
+        if expansion is not None:
+            group = _expanded(group, expansion, form)
         if group.packed and rotated is None:
             rotated = form.rotate_query(asking)
         mine = cast(Tensor, rotated) if group.packed else asking
@@ -61,6 +73,15 @@ def attend(
                 found = Partial(form.unrotate_output(found.out), found.lse)
             total.add(group.rows, queries, found)
     return merge(total.parts(), sinks).to(query.dtype).transpose(1, 2).contiguous()
+
+
+def _expanded(group: Group, expansion: Expansion, form: KvFormat) -> Group:
+    """The keys and values that are made of what ``group`` has."""
+    dtype, states = group.keys.dtype, (group.keys, group.values)
+    if group.packed:
+        states = form.unrotate_output(group.keys).to(dtype), form.unrotate_output(group.values).to(dtype)
+    keys, values = expansion.make(*states)
+    return replace(group, keys=keys, values=values, packed=False)
 
 
 class _Total:
@@ -108,11 +129,17 @@ class Masks:
         self._passing = state.passing_of(layer)
         self._columns = self._passing.columns
         self._mask, self._queries = mask, queries
+        self._rows, self._most = len(state.rows), state.memory.bound.masked
         self._size = state.kind_of(layer).table.page_tokens
+
+    @property
+    def pages(self) -> int:
+        """How many pages a group may have, so that not just a few queries look at it at once."""
+        return max(self._most // (self._rows * self._size * min(self._queries, CHUNK_TOKENS)), 1)
 
     def step(self, group: Group) -> int:
         """How many queries at once."""
-        return max(MASKED // (len(group.rows) * group.keys.shape[2]), 1)
+        return max(self._most // (len(group.rows) * group.keys.shape[2]), 1)
 
     def of(self, group: Group, queries: slice) -> Tensor | None:
         """Which keys of ``group`` the ``queries`` see, for ``partial``; None for all of them."""
@@ -140,7 +167,8 @@ class Masks:
             seen = valid[:, None, None, :]
         else:
             seen = self._sliced(self._mask, rows, queries, where, valid)
-        if seen.numel() <= MASKED // 16 and isinstance(self._mask, LazyMask):
+        kept = sum(each.numel() for each in self._passing.masks.values())
+        if kept + seen.numel() <= self._most // 4 and isinstance(self._mask, LazyMask):
             self._passing.masks[name] = seen
         return seen
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,18 +15,26 @@ from tierstore.hf.kv.lazy import LazyTensor
 @dataclass
 class LayerStates:
     """The keys and values of one layer in one pass: ``source`` knows their pages, ``gather`` gives them whole, keys
-    [B, Hkv, L, Dk] and values [B, Hkv, L, Dv], in the order of the batch's columns."""
+    [B, Hkv, L, Dk] and values [B, Hkv, L, Dv], in the order of the batch's columns. With an ``expansion`` these are
+    what keys and values are made from."""
 
     source: Any
     layer: int
     gather: Callable[[int], tuple[Tensor, Tensor]]
+    expansion: Any = None
     whole: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def gathered(self) -> tuple[Tensor, Tensor]:
         """Keys and values as plain tensors, gathered once."""
         if self.whole is None:
             self.whole = self.gather(self.layer)
+            if self.expansion is not None:
+                self.whole = self.expansion.make(*self.whole)
         return self.whole
+
+    def expanded(self, expansion: Any) -> LayerStates:
+        """What ``expansion`` makes of the same pages, once it is asked for."""
+        return replace(self, expansion=expansion, whole=None)
 
 
 class PagedStates(LazyTensor):
