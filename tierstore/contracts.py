@@ -183,8 +183,8 @@ class PageStore(Protocol):
         ...
 
     def free(self, run: PageRun, cell: int) -> None:
-        """Forget a cell, also while it is written or read. The space of a run is used anew when all its cells
-        are free and nothing under way uses it."""
+        """Forget a cell, also while it is written or read. Its space is used anew when nothing under way uses it,
+        but for what it shares a block with: such bytes come free with the last cell of the block."""
         ...
 
     def close(self) -> None:

@@ -281,7 +281,7 @@ class DamagedFile(PageFile):
         if self.broken:
             with open(self._file.path, "r+b") as raw:
                 for request in requests:
-                    raw.seek(request.run.extent.offset)
+                    raw.seek(request.run.extents[0].offset)
                     raw.write(b"\xa5" * 4096)
         return super().read(requests)
 

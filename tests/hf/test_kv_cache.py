@@ -228,7 +228,7 @@ class DamagedFile(PageFile):
         if self.reads % 9 == 7 and self.damaged < 3:
             self.damaged += 1
             with open(self._file.path, "r+b") as raw:
-                raw.seek(requests[0].run.extent.offset + requests[0].first * self.cell_nbytes)
+                raw.seek(requests[0].run.extents[0].offset + requests[0].first * self.cell_nbytes)
                 raw.write(b"\xa5" * 64)
         return super().read(requests)
 

@@ -19,6 +19,7 @@ import torch
 
 from tierstore.contracts import CellRead, PageStore
 from tierstore.errors import PageLostError, StoreError, StoreFullError
+from tierstore.extents import Extent
 from tierstore.stores.page_file import PageFile
 from tierstore.stores.page_runs import Run
 from tierstore.stores.reader import Reader
@@ -160,7 +161,7 @@ def test_a_flipped_byte_costs_one_cell(tmp_path: Path, cell: int) -> None:
         run, data = put(store, 7)
         other, others = put(store, 7, seed=1)
         with open(path_of(tmp_path), "r+b") as file:
-            file.seek(run.extent.offset + cell * CELL + 100)
+            file.seek(run.extents[0].offset + cell * CELL + 100)
             file.write(bytes([int(data[cell * CELL + 100]) ^ 1]))
         assert lost(store, run, data) == {cell}
         assert lost(store, other, others) == set()
@@ -206,15 +207,74 @@ def test_full_by_its_own_bound(tmp_path: Path) -> None:
         assert (store.free_nbytes, store.dead_nbytes) == (0, 0)
         for run, _ in runs[::2]:
             store.free(run, 0)
-        assert (store.free_nbytes, store.dead_nbytes) == (0, 2 * 4096)
-        with pytest.raises(StoreFullError):
-            store.put(1, cells_of(store, 1, 9))
-        store.free(runs[0][0], 1)
-        assert (store.free_nbytes, store.dead_nbytes) == (2 * 4096, 4096)
+        assert (store.free_nbytes, store.dead_nbytes) == (2 * 4096, 0)
         with pytest.raises(StoreFullError):
             store.put(3, cells_of(store, 3, 9))
-        runs[0] = put(store, 2, 9)
-        assert lost(store, *runs[0]) == lost(store, *runs[1]) == lost(store, *runs[3]) == set()
+        between = put(store, 2, 9)
+        assert len(between[0].extents) == 2
+        store.free(runs[0][0], 1)
+        with pytest.raises(StoreFullError):
+            store.put(2, cells_of(store, 2, 9))
+        runs[0] = put(store, 1, 9)
+        assert lost(store, *between) == lost(store, *runs[0]) == lost(store, *runs[1]) == lost(store, *runs[3]) == set()
+
+
+@pytest.mark.parametrize("phase", [0, 64])
+def test_a_run_lies_between_the_live_cells_of_others(tmp_path: Path, phase: int) -> None:
+    with page_file(tmp_path, cells=8) as store:  # of 8 1/4 blocks each
+        runs = [put(store, 3, seed) for seed in range(store.free_nbytes // (25 * 4096))]
+        for run, _ in runs:
+            store.free(run, 1)
+        most = store.free_nbytes // CELL
+        assert most >= len(runs)
+        assert store.dead_nbytes <= len(runs) * 2 * 4096 + len(runs) * 4096
+        between, data = put(store, most, 9, phase)
+        assert len(between.extents) > 1
+        assert lost(store, between, data) == set()
+        for run, was in runs:
+            for cell in (0, 2):
+                into = torch.zeros(CELL, dtype=torch.uint8)
+                store.read([CellRead(run, cell, 1, into)]).wait()
+                assert torch.equal(into, was[cell * CELL : (cell + 1) * CELL])
+        with open(path_of(tmp_path), "r+b") as file:
+            file.seek(between.extents[1].offset + 100)
+            file.write(b"other")
+        assert len(lost(store, between, data)) == 1
+        for run, cell in [(run, cell) for run, _ in runs for cell in (0, 2)] + [(between, c) for c in range(most)]:
+            store.free(run, cell)
+        assert (store.free_nbytes, store.dead_nbytes) == (store.capacity_nbytes // 4096 * 4096, 0)
+
+
+def test_a_cell_is_written_only_when_the_one_before_it_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``test_space_is_written_anew_only_when_it_was_read``, for a hole in a run that lives on."""
+    reading, written = threading.Event(), threading.Event()
+    plain_read, plain_write = os.preadv, os.pwrite
+
+    def preadv(fd: int, buffers: Sequence[memoryview], offset: int, *flags: int) -> int:
+        reading.set()
+        written.wait(0.2)
+        return plain_read(fd, buffers, offset, *flags)
+
+    def pwrite(fd: int, view: memoryview, offset: int) -> int:
+        done = plain_write(fd, view, offset)
+        written.set()
+        return done
+
+    with page_file(tmp_path, cell=8192, cells=2) as store:  # 6 blocks
+        run, data = put(store, 3)
+        monkeypatch.setattr(os, "preadv", preadv)
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        into = torch.zeros_like(data)
+        fence = store.read([CellRead(run, 0, 3, into)])
+        reading.wait()
+        store.free(run, 1)
+        again, other = put(store, 1, seed=1)
+        assert again.extents == (Extent(8192, 8192),)
+        fence.wait()
+        assert torch.equal(into, data)
+        assert lost(store, again, other) == set()
 
 
 @contextmanager
@@ -270,7 +330,7 @@ def test_space_is_written_anew_only_when_it_was_read(tmp_path: Path, monkeypatch
         for cell in range(4):
             store.free(run, cell)
         again, other = put(store, 4, seed=1)
-        assert again.extent == run.extent
+        assert again.extents == run.extents
         fence.wait()
         assert torch.equal(into, data)
         assert lost(store, again, other) == set()

@@ -23,10 +23,11 @@ from tierstore.stores.workers import PAGE, ReadFence, Workers, buffer_address
 class PageFile:
     """A ``PageStore`` in one file of at most ``capacity_nbytes`` below ``folder``, which is made where it is missing.
 
-    The file has no name and is gone with the process. A run takes the bytes of its cells rounded up to 4096. Host
-    memory is written from, and read into, without a copy where its address is a multiple of 4096 (for reads: plus
-    the offset of the first cell in its run). Raises ``StoreError`` when the folder cannot be written to, or when the
-    capacity holds no cell.
+    The file has no name and is gone with the process. A run takes the bytes of its cells rounded up to 4096, in several
+    pieces where no gap is large enough: a block of 4096 is free again when no live cell has a byte of it. Host memory
+    is written from, and read into, without a copy where its address is a multiple of 4096 (for reads: plus the offset
+    of the first cell in its run). Raises ``StoreError`` when the folder cannot be written to, or when the capacity
+    holds no cell.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class PageFile:
 
     @property
     def dead_nbytes(self) -> int:
-        """Bytes of freed cells that come free only with the last cell of their run."""
+        """Bytes that are neither of a live cell nor free, as they share blocks of 4096 bytes with live ones."""
         return self._space.dead_nbytes
 
     def put(self, cells: int, data: Buffer, *, after: Sequence[Fence] = ()) -> Run:
@@ -76,12 +77,13 @@ class PageFile:
         run = self._space.take(cells, fence)
         if run is None:
             raise StoreFullError(
-                f"{cells} cells of KV pages need {format_nbytes(nbytes)} in one piece, the page file of "
-                f"{format_nbytes(self.capacity_nbytes)} has {format_nbytes(self._space.largest_gap)} "
-                f"({format_nbytes(self.free_nbytes)} free in all, {format_nbytes(self.dead_nbytes)} in runs that are "
-                "still used in part): free pages, or raise kv_nvme"
+                f"{cells} cells of KV pages need {format_nbytes(nbytes)} where the page file of "
+                f"{format_nbytes(self.capacity_nbytes)} has {format_nbytes(self.free_nbytes)} free and "
+                f"{format_nbytes(self.dead_nbytes)} in blocks that are used in part: free pages, or raise kv_nvme"
             )
-        readers = [reads for reads, extents in self._under_way() if any(run.extent.overlaps(e) for e in extents)]
+        readers = [
+            reads for reads, extents in self._under_way() if any(a.overlaps(b) for a in extents for b in run.extents)
+        ]
         job = WriteRun(fence, self._file, run, source, self.cell_nbytes, after, readers, self._reader.blocks[0])
         try:
             self._writer.submit(fence, [job] if cells else [])
@@ -93,11 +95,13 @@ class PageFile:
 
     def read(self, requests: Sequence[CellRead]) -> CellFence:
         """Start reading, as ``PageStore.read`` says. Neighbouring cells are read at once, wherever they go to."""
-        wanted = sorted((self._wanted(request) for request in requests), key=lambda each: each.extent)
-        fence = CellFence(sum(each.extent.nbytes for each in wanted), requests, str(self._folder))
-        batches = [(self._reader.read([each.request for each in batch]), batch) for batch in _batches(wanted)]
+        wanted = sorted((self._wanted(request) for request in requests), key=lambda each: each.extents)
+        fence = CellFence(sum(each.nbytes for each in wanted), requests, str(self._folder))
+        batches = [
+            (self._reader.read([part for each in batch for part in each.requests]), batch) for batch in _batches(wanted)
+        ]
         self._checker.submit(fence, [_Check(fence, self._reader, batches)] if batches else [])
-        self._reads.append((fence, [each.extent for each in wanted]))
+        self._reads.append((fence, [extent for each in wanted for extent in each.extents]))
         return fence
 
     def free(self, run: PageRun, cell: int) -> None:
@@ -118,9 +122,9 @@ class PageFile:
         run = self._space.check(request.run, request.first, request.count)
         if not run.written:
             raise StoreError("a run is read that is not written, or failed to be: wait for its fence first")
-        extent = self._space.extent(run, request.first, request.count)
-        buffer_address(request.into, extent.nbytes)
-        return _Wanted(run, request.first, self.cell_nbytes, extent, request.into)
+        buffer_address(request.into, request.count * self.cell_nbytes)
+        extents = self._space.extents(run, request.first, request.count)
+        return _Wanted(run, request.first, self.cell_nbytes, extents, request.into)
 
     def _under_way(self) -> Iterator[tuple[ReadFence, list[Extent]]]:
         while self._reads and self._reads[0][0].done():
@@ -136,29 +140,40 @@ class PageFile:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """Neighbouring cells, the bytes of the file that they are, and where they go."""
+    """Neighbouring cells, the bytes of the file that they are, in order, and where they go."""
 
     run: Run
     first: int
     cell_nbytes: int
-    extent: Extent
+    extents: list[Extent]
     into: Buffer
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of them all."""
+        return sum(extent.nbytes for extent in self.extents)
 
     @property
     def cells(self) -> range:
         """Their numbers in the run."""
-        return range(self.first, self.first + self.extent.nbytes // self.cell_nbytes)
+        return range(self.first, self.first + self.nbytes // self.cell_nbytes)
 
     @property
-    def request(self) -> ReadRequest:
+    def requests(self) -> list[ReadRequest]:
         """All of them at once."""
-        return ReadRequest(0, self.extent, self.into)
+        return self._requests(self.extents, 0)
 
-    def cell(self, number: int) -> ReadRequest:
+    def cell(self, number: int) -> list[ReadRequest]:
         """The cell with that number in the run."""
         nbytes = self.cell_nbytes
-        at = (number - self.first) * nbytes
-        return ReadRequest(0, Extent(self.extent.offset + at, nbytes), self.into[at : at + nbytes])
+        return self._requests(self.run.part(number * nbytes, nbytes), (number - self.first) * nbytes)
+
+    def _requests(self, extents: list[Extent], at: int) -> list[ReadRequest]:
+        requests = []
+        for extent in extents:
+            requests.append(ReadRequest(0, extent, self.into[at : at + extent.nbytes]))
+            at += extent.nbytes
+        return requests
 
 
 def _batches(wanted: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:
@@ -167,7 +182,7 @@ def _batches(wanted: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:
     nbytes = 0
     for each in wanted:
         batch.append(each)
-        nbytes += each.extent.nbytes
+        nbytes += each.nbytes
         if nbytes >= CHUNK:
             yield batch
             batch, nbytes = [], 0
@@ -190,7 +205,8 @@ class CellFence(ReadFence):
     def lose(self, run: Run, cell: int, why: str, cause: StoreError | None = None) -> None:
         """Note that a cell did not arrive."""
         if not self._lost:
-            self._why, self._cause = f"cell {cell} of {run.cells} of the run at byte {run.extent.offset}: {why}", cause
+            where = f"cell {cell} of {run.cells} of the run at byte {run.extents[0].offset}"
+            self._why, self._cause = f"{where}: {why}", cause
         self._lost.append((run, cell))
 
     def wait(self) -> None:
@@ -227,7 +243,7 @@ class _Check:
 
     def _compare(self, wanted: _Wanted, arrived: Container[int]) -> None:
         run = wanted.run
-        crcs = cell_crcs(wanted.into.data_ptr(), wanted.extent.nbytes, wanted.cell_nbytes)
+        crcs = cell_crcs(wanted.into.data_ptr(), wanted.nbytes, wanted.cell_nbytes)
         for cell, crc in zip(wanted.cells, crcs, strict=True):
             if crc != run.crcs[cell] and cell in arrived:
                 self.fence.lose(run, cell, f"it has CRC32C {crc:08x}, written with {run.crcs[cell]:08x}")
@@ -237,7 +253,7 @@ class _Check:
         arrived = set()
         for cell in wanted.cells:
             try:
-                self.reader.read([wanted.cell(cell)]).wait()
+                self.reader.read(wanted.cell(cell)).wait()
                 arrived.add(cell)
             except StoreReadError as error:
                 self.fence.lose(wanted.run, cell, "it cannot be read, or the file was cut short", error)

@@ -13,7 +13,7 @@ import numpy as np
 
 from tierstore.contracts import Fence
 from tierstore.errors import StoreError
-from tierstore.extents import align_up
+from tierstore.extents import Extent, align_up
 from tierstore.stores.durable import CHUNK, crc32c, store_errors, write_all
 from tierstore.stores.page_runs import Run
 from tierstore.stores.workers import PAGE, ReadFence, move_bytes, reason_of, view_of
@@ -92,20 +92,27 @@ class WriteRun:
     block: int
 
     def run(self, scratch: memoryview, address: int) -> None:
-        target, block = self.target, self.block
-        nbytes, offset = target.cells * self.cell_nbytes, target.extent.offset
+        target = self.target
+        nbytes = target.cells * self.cell_nbytes
         self._wait()
         crcs = cell_crcs(self.source, nbytes, self.cell_nbytes)
-        in_place = nbytes - nbytes % block if self.source % block == 0 else 0
         with store_errors(f"cannot write {nbytes} bytes of KV pages below {str(self.file.folder)!r}"):
-            if in_place:
-                self.file.write(view_of(self.source, in_place), offset)
-            for at in range(in_place, nbytes, CHUNK):
-                size = min(CHUNK, nbytes - at)
-                move_bytes(address, self.source + at, size)
-                self.file.write(scratch[: align_up(size, block)], offset + at)
+            source = self.source
+            for extent in target.part(0, nbytes):
+                self._write(source, extent, scratch, address)
+                source += extent.nbytes
         self.file.written_nbytes += nbytes
         target.crcs = crcs
+
+    def _write(self, source: int, extent: Extent, scratch: memoryview, address: int) -> None:
+        block, nbytes, offset = self.block, extent.nbytes, extent.offset
+        in_place = nbytes - nbytes % block if source % block == 0 else 0
+        if in_place:
+            self.file.write(view_of(source, in_place), offset)
+        for at in range(in_place, nbytes, CHUNK):
+            size = min(CHUNK, nbytes - at)
+            move_bytes(address, source + at, size)
+            self.file.write(scratch[: align_up(size, block)], offset + at)
 
     def _wait(self) -> None:
         for reader in self.readers:  # of cells that were here before
