@@ -45,29 +45,30 @@ def decode(
     return attention(q, k, v, seen[:, None, None], scale=scale, softcap=softcap)
 
 
-def gather(buffer: Tensor, offsets: Tensor, starts: Tensor, into: Tensor, piece_tokens: int) -> None:
-    """Reads what ``scatter`` wrote: token ``t`` of row ``r`` of ``into`` becomes position ``starts[r] + t``, and stays
-    as it is where there is none."""
-    for row, token, there in _places(buffer, offsets, starts, into, piece_tokens):
-        into[row, token] = there.clone().view(into.dtype).view(into.shape[2:])
+def gather(buffer: Tensor, offsets: Tensor, pieces: Tensor, at: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Reads what ``scatter`` wrote. What is in no piece stays as it is."""
+    for states, row, token, there in _places(buffer, offsets, pieces, at, keys, values):
+        states[row, token] = there.clone().view(states.dtype).view(states.shape[2:])
 
 
-def scatter(states: Tensor, buffer: Tensor, offsets: Tensor, starts: Tensor, piece_tokens: int) -> None:
-    """Writes token ``t`` of row ``r`` of ``states`` [S, L, heads, dim] to position ``starts[r] + t``, int32 [S].
+def scatter(keys: Tensor, values: Tensor, buffer: Tensor, offsets: Tensor, pieces: Tensor, at: Tensor) -> None:
+    """Writes each token of ``keys`` [B, n, heads, key_dim] and ``values`` [B, n, heads, value_dim] to its place in
+    ``buffer``, uint8: token ``at`` of piece ``pieces``, both int64 [B, n].
 
-    Position ``p`` is token ``p % piece_tokens`` of the piece [piece_tokens, heads, dim] at byte
-    ``offsets[r, p // piece_tokens]``, int64 [S, n], of ``buffer``, uint8. Others than these are left out.
+    Piece ``p`` of the keys is [piece_tokens, heads, key_dim] from byte ``offsets[0, p]`` on, that of the values from
+    byte ``offsets[1, p]`` on, int64 [2, pieces]; those at -1 are left out.
     """
-    for row, token, there in _places(buffer, offsets, starts, states, piece_tokens):
+    for states, row, token, there in _places(buffer, offsets, pieces, at, keys, values):
         there.copy_(states[row, token].contiguous().view(-1).view(torch.uint8))
 
 
 def _places(
-    buffer: Tensor, offsets: Tensor, starts: Tensor, states: Tensor, piece_tokens: int
-) -> Iterator[tuple[int, int, Tensor]]:
-    nbytes = states.shape[2] * states.shape[3] * states.dtype.itemsize
-    for row, (start, pieces) in enumerate(zip(starts.tolist(), offsets.tolist(), strict=True)):
-        for token in range(states.shape[1]):
-            piece, inside = divmod(start + token, piece_tokens)
-            if 0 <= piece < len(pieces):
-                yield row, token, buffer[pieces[piece] + inside * nbytes :][:nbytes]
+    buffer: Tensor, offsets: Tensor, pieces: Tensor, at: Tensor, keys: Tensor, values: Tensor
+) -> Iterator[tuple[Tensor, int, int, Tensor]]:
+    for states, starts in zip((keys, values), offsets.tolist(), strict=True):
+        nbytes = states.shape[2] * states.shape[3] * states.dtype.itemsize
+        for row, numbers in enumerate(pieces.tolist()):
+            for token, piece in enumerate(numbers):
+                if starts[piece] >= 0:
+                    start = starts[piece] + int(at[row, token]) * nbytes
+                    yield states, row, token, buffer[start : start + nbytes]

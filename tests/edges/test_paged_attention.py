@@ -226,54 +226,85 @@ def test_what_cannot_be_read_is_refused(change: dict[str, Any], need: str) -> No
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """A buffer with the pieces of each row, from which position a row begins, and how many tokens a piece has."""
+class Raw:
+    """Keys and values of some rows, and a buffer with pieces of ``piece_tokens`` tokens: where each of them goes."""
 
+    states: tuple[Tensor, Tensor]
     buffer: Tensor
     offsets: Tensor
-    starts: Tensor
-    piece_tokens: int
+    pieces: Tensor
+    at: Tensor
+
+    @property
+    def where(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.offsets, self.pieces, self.at
 
 
-def some_pieces(rows: int, pieces: int, tokens: int, width: int, size: int, starts: list[int], device: str) -> Pieces:
-    generator = Generator(device).manual_seed(rows)
-    noise = torch.randint(0, 255, (rows * pieces, tokens * width * size), generator=generator, device=device)
-    buffer, places = spread(noise.to(torch.uint8), generator, up(tokens * width * size))
-    begin = torch.tensor(starts, dtype=torch.int32, device=device)
-    return Pieces(buffer, places.view(rows, pieces), begin, tokens)
+def some_raw(rows: int, heads: int, dims: tuple[int, int], dtype: torch.dtype, device: str = "cpu") -> Raw:
+    """7 tokens a row, in any order among pieces of 4 tokens; of the last piece only, no keys are there, nor values."""
+    generator = Generator(device).manual_seed(rows + heads)
+    count, tokens = 2 * rows + 1, 4
+    room = up(tokens * heads * max(dims) * dtype.itemsize)
+    noise = torch.randint(0, 255, (2 * count, room), generator=generator, device=device)
+    buffer, places = spread(noise.to(torch.uint8), generator, room)
+    offsets = places.view(2, count).clone()
+    offsets[:, -1] = -1
+    order = torch.randperm(count * tokens, generator=generator, device=device)[: rows * 7].view(rows, 7)
+    states = [
+        torch.randn(rows, heads, 7, dim, generator=generator, device=device).to(dtype).transpose(1, 2) for dim in dims
+    ]
+    return Raw((states[0], states[1]), buffer, offsets, order // tokens, order % tokens)
 
 
-def check_tokens(call: Call, heads: int, dim: int, dtype: torch.dtype, starts: list[int], device: str = "cpu") -> None:
-    """Written and read back, at any positions, into tensors that lie the other way round."""
-    rows, count = len(starts), 9
-    pieces = some_pieces(rows, 3, 4, heads * dim, dtype.itemsize, starts, device)
-    where = (pieces.offsets, pieces.starts)
-    generator = Generator(device).manual_seed(heads)
-    states = torch.randn(rows, heads, count, dim, generator=generator, device=device).to(dtype).transpose(1, 2)
-    wanted = pieces.buffer.clone()
-    reference.scatter(states, wanted, *where, pieces.piece_tokens)
-    result = call("paged_attention.raw", "scatter", states, pieces.buffer, *where, pieces.piece_tokens)
-    written = pieces.buffer if result is None else result[1]
-    assert torch.equal(written, wanted)
-    into = torch.zeros_like(states)
-    expected = into.clone()
-    reference.gather(wanted, *where, expected, pieces.piece_tokens)
-    result = call("paged_attention.raw", "gather", wanted, *where, into, pieces.piece_tokens)
-    read = into if result is None else result[3]
-    assert torch.equal(read, expected)
-    kept = (torch.arange(count, device=device) + pieces.starts[:, None] >= 0) & (
-        torch.arange(count, device=device) + pieces.starts[:, None] < 12
-    )
-    assert torch.equal(read[kept], states[kept])
-    assert not read[~kept].any()
+def check_tokens(call: Call, rows: int, heads: int, dims: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    """Written and read back, into tensors that lie the other way round."""
+    made = some_raw(rows, heads, dims, dtype, device)
+    wanted = made.buffer.clone()
+    reference.scatter(*made.states, wanted, *made.where)
+    result = call("paged_attention.raw", "scatter", *made.states, made.buffer, *made.where)
+    assert torch.equal(made.buffer if result is None else result[2], wanted)
+    into = [torch.zeros_like(each) for each in made.states]
+    expected = [each.clone() for each in into]
+    reference.gather(wanted, *made.where, *expected)
+    result = call("paged_attention.raw", "gather", wanted, *made.where, *into)
+    read = into if result is None else result[4:]
+    there = made.offsets[0][made.pieces] >= 0
+    for found, wants, states in zip(read, expected, made.states, strict=True):
+        assert torch.equal(found, wants)
+        assert torch.equal(found[there], states[there])
+        assert not found[~there].any()
+
+
+RAWS = [(1, 1, (1, 1), WIDE), (2, 2, (16, 8), NARROW), (3, 3, (5, 7), HALF), (2, 1, (1500, 1030), NARROW)]
+
+
+@pytest.mark.parametrize(("rows", "heads", "dims", "dtype"), RAWS)
+def test_raw_tokens(interpreted: Call, rows: int, heads: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    check_tokens(interpreted, rows, heads, dims, dtype, "cpu")
 
 
 @pytest.mark.parametrize(
-    ("heads", "dim", "dtype", "starts"),
-    [(1, 1, WIDE, [0]), (2, 16, NARROW, [0, 3]), (3, 5, HALF, [-4, 7, 12]), (1, 1500, NARROW, [-20, 2])],
+    ("change", "need"),
+    [
+        ({"values": torch.zeros(1, 2, 1, 8).half()}, "alike"),
+        ({"values": torch.zeros(1, 2, 2, 8)}, "alike"),
+        ({"buffer": torch.zeros(64)}, "bytes in one dimension"),
+        ({"offsets": torch.zeros(1, 2, dtype=torch.int64)}, r"int64 \[2, pieces\]"),
+        ({"pieces": torch.zeros(1, 2, dtype=torch.int32)}, r"int64 \[1, 2\]"),
+        ({"at": torch.zeros(2, 2, dtype=torch.int64)}, r"int64 \[1, 2\]"),
+    ],
 )
-def test_raw_tokens(interpreted: Call, heads: int, dim: int, dtype: torch.dtype, starts: list[int]) -> None:
-    check_tokens(interpreted, heads, dim, dtype, starts)
+def test_raw_tokens_that_have_no_place_are_refused(change: dict[str, Any], need: str) -> None:
+    whole = {
+        "keys": torch.zeros(1, 2, 1, 16),
+        "values": torch.zeros(1, 2, 1, 8),
+        "buffer": torch.zeros(4096, dtype=torch.uint8),
+        "offsets": torch.zeros(2, 3, dtype=torch.int64),
+        "pieces": torch.zeros(1, 2, dtype=torch.int64),
+        "at": torch.zeros(1, 2, dtype=torch.int64),
+    }
+    with pytest.raises(ValueError, match=need):
+        on_a_card("paged_attention.raw", "scatter", **(whole | change))
 
 
 # ---- cards
@@ -313,14 +344,11 @@ def test_every_card_has_room(
 
 
 def test_raw_tokens_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pieces = some_pieces(1, 3, 4, 128, 2, [0], "cpu")
-    with compiled(monkeypatch, tmp_path, 80) as made:
-        for function in ("scatter", "gather"):
-            states = (torch.zeros(1, 5, 2, 64, dtype=NARROW),)
-            first, last = (states, ()) if function == "scatter" else ((), states)
-            arguments = (*first, pieces.buffer, pieces.offsets, pieces.starts, *last, 4)
-            on_a_card("paged_attention.raw", function, *arguments)
-    assert len(made) == 2
+    made = some_raw(2, 8, (128, 64), NARROW)
+    with compiled(monkeypatch, tmp_path, 80) as kernels:
+        on_a_card("paged_attention.raw", "scatter", *made.states, made.buffer, *made.where)
+        on_a_card("paged_attention.raw", "gather", made.buffer, *made.where, *made.states)
+    assert len(kernels) == 2
 
 
 @pytest.mark.cuda
@@ -341,6 +369,6 @@ def test_decode_on_the_card(form: str, shape: Shape, dtype: torch.dtype) -> None
 
 
 @pytest.mark.cuda
-def test_raw_tokens_on_the_card() -> None:
-    for heads, dim, dtype, starts in ((1, 1, WIDE, [0]), (8, 128, NARROW, [0, 3, -4]), (1, 1500, HALF, [-20, 2])):
-        check_tokens(on_a_card, heads, dim, dtype, starts, "cuda")
+@pytest.mark.parametrize(("rows", "heads", "dims", "dtype"), [*RAWS, (3, 8, (128, 128), NARROW)])
+def test_raw_tokens_on_the_card(rows: int, heads: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    check_tokens(on_a_card, rows, heads, dims, dtype, "cuda")

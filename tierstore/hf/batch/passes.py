@@ -13,9 +13,10 @@ from tierstore.hf.batch.blocks import Blocks
 from tierstore.hf.batch.slices import Slice
 from tierstore.hf.batch.stream import PROMPT_QUERIES, MicroBatch, Tile, cut
 from tierstore.hf.batch.visits import Spans, Visit, plan_visits
-from tierstore.hf.batch.writing import Targets, Writing
+from tierstore.hf.batch.writing import Writing
 from tierstore.hf.kv.kinds import KvKind
 from tierstore.hf.kv.memory import KvMemory
+from tierstore.hf.kv.targets import Targets
 from tierstore.kernels.paged_attention.tiles import TileAttention
 from tierstore.pages import Appended
 
@@ -161,7 +162,7 @@ class MicroPass:
             )
         passing.order.append(self.number)
         kind = memory.kind_of[layer]
-        new = (part[0, :, :count].transpose(0, 1) for part in (keys, values))
+        new = (part[:, :, :count].transpose(1, 2) for part in (keys, values))
         passing.writings[kind].write(layer, self.shares[kind].targets, *new)
 
     def attend(self, layer: int, query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tierstore.hf.batch.stream import MicroBatch
 from tierstore.hf.kv.kinds import KvKind
+from tierstore.hf.kv.targets import Targets
 from tierstore.pages import Appended
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Where the tokens of a micro-batch go: each to token ``at[i]`` of piece ``pieces[i]`` of the open ``pages``."""
-
-    pages: tuple[int, ...]
-    pieces: Tensor
-    at: Tensor
 
 
 class Writing:
@@ -51,17 +42,17 @@ class Writing:
                 pieces.append(place * (size // piece) + position % size // piece)
         at = [position % piece for position in micro_batch.positions]
         device = self.kind.cells.device
-        return Targets(tuple(places), torch.tensor(pieces, device=device), torch.tensor(at, device=device))
+        where = (torch.tensor([numbers], device=device) for numbers in (pieces, at))
+        return Targets(self.kind, tuple(places), *where)
 
     def write(self, layer: int, targets: Targets, keys: Tensor, values: Tensor) -> None:
-        """Write ``keys`` [n, heads, key_dim] and ``values`` of the n tokens that ``targets`` are about."""
+        """Write ``keys`` [1, n, heads, key_dim] and ``values`` of the n tokens that ``targets`` are about."""
         kind, pager = self.kind, self.kind.pager
         if layer not in self._copied:
             for copy in self._copies:
                 kind.cells.fill([pager.frames(layer, copy.target)], *kind.read_page(layer, copy.source))
             self._copied.add(layer)
-        frames = [pager.frames(layer, page) for page in targets.pages]
-        kind.cells.write(frames, targets.pieces, targets.at, keys, values)
+        targets.write(layer, keys, values)
 
     def close(self, layer: int) -> None:
         """All attention of ``layer`` was issued: pack what is full."""

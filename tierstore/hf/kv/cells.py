@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tierstore.contracts import Buffer
+from tierstore.hf.kv.moving import movers_for
 from tierstore.hf.kv.room import Room, States
 from tierstore.hf.kv.runs import even_runs, take
 from tierstore.kvformats.format import KvFormat, KvShape
@@ -28,6 +29,8 @@ class Cells:
     def __init__(self, plan: KindPlan, shape: KvShape, dtype: torch.dtype, form: KvFormat, region: Buffer) -> None:
         self.shape, self.dtype, self.form = shape, dtype, form
         self.region = cast(Tensor, region)
+        self.movers = movers_for(self.region.device)
+        """Kernels that move tokens of open cells, or of closed ones that have a ``raw_dtype``; None for torch."""
         self.frame_nbytes = plan.frame_nbytes
         self._open = plan.open
         self._cell_nbytes = plan.kind.cell_nbytes
@@ -77,12 +80,12 @@ class Cells:
     def write(
         self, frames: Sequence[Frames], pieces: Tensor | int, at: Tensor | int, keys: Tensor, values: Tensor
     ) -> None:
-        """Write tokens [m, heads, dim]: token i is at ``at[i]`` of piece ``pieces[i]`` of the open cells in ``frames``,
-        where the pieces of the first cell come first. Of a single token they are numbers."""
+        """Write tokens [B, n, heads, dim]: each is at ``at`` of piece ``pieces``, both [B, n], of the open cells in
+        ``frames``, where the pieces of the first cell come first. Of a single token they are numbers."""
         keys_in, values_in = self._frames_of(frames)
         if isinstance(pieces, int):
-            self.keys[keys_in[pieces], at].copy_(keys[0])
-            self.values[values_in[pieces], at].copy_(values[0])
+            self.keys[keys_in[pieces], at].copy_(keys[0, 0])
+            self.values[values_in[pieces], at].copy_(values[0, 0])
             return
         key_frames = torch.tensor(keys_in, device=self.device)[pieces]
         value_frames = key_frames if values_in == keys_in else torch.tensor(values_in, device=self.device)[pieces]

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from tierstore.hf.kv.kinds import KvKind
+from tierstore.hf.kv.moving import places_of
 from tierstore.hf.kv.rows import Growth, Row, Rows
+from tierstore.hf.kv.targets import Targets
 from tierstore.pages import GONE, PageCopy
 
 
@@ -65,6 +67,7 @@ class KindPass:
         self.kind, self.columns, self.first = kind, columns, first
         self.masks: dict[Hashable, Tensor] = {}
         """What masks say of groups of pages: the same in all layers."""
+        self._places: dict[int, tuple[Tensor, Tensor]] = {}
         self._copies: list[PageCopy] = []
         self._blank: list[int] = []
         self._leaders = growth.leaders
@@ -95,16 +98,11 @@ class KindPass:
             kind.cells.fill([pager.frames(layer, page)], 0, 0)
         for copy in self._copies:
             kind.cells.fill([pager.frames(layer, copy.target)], *kind.read_page(layer, copy.source))
-        pages, pieces, at, rows, tokens = self._targets
-        if not pages:
-            return
-        frames = [pager.frames(layer, page) for page in pages]
+        targets, which = self._targets
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        if rows is None:
-            keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        else:
-            keys, values = keys[rows, tokens], values[rows, tokens]
-        kind.cells.write(frames, pieces, at, keys, values)
+        if which is not None:
+            keys, values = keys[which][None], values[which][None]
+        targets.write(layer, keys, values)
 
     def close(self, layer: int) -> None:
         """Pack the pages of ``layer`` that are full, and far enough behind the end."""
@@ -131,6 +129,19 @@ class KindPass:
         """int64 [B or 1, Lk]: which token of its page each column is."""
         return self._position % self.kind.table.page_tokens
 
+    def places(self, piece_tokens: int) -> tuple[Tensor, Tensor]:
+        """Of each column from ``first`` on its piece, of so many tokens, and its place in that, int64 [B, Lk]: of the
+        pieces of ``closed + unclosed`` in order. Columns that are not stored are in a piece after the last one."""
+        found = self._places.get(piece_tokens)
+        if found is None:
+            size = self.kind.table.page_tokens
+            pieces, at = places_of(self.slot_of, self.token_of, size, piece_tokens)
+            if self.columns.stored is not None:
+                last = len(self.closed + self.unclosed) * (size // piece_tokens)
+                pieces = pieces.masked_fill(~self.columns.stored[:, self.first :], last)
+            found = self._places[piece_tokens] = pieces, at
+        return found
+
     @cached_property
     def _position(self) -> Tensor:
         """Of columns that are not stored: a position that is, so that what is read there is a number."""
@@ -143,33 +154,31 @@ class KindPass:
         return torch.tensor(self.first_index, device=self.columns.device)[:, None]
 
     @cached_property
-    def _targets(self) -> tuple[list[int], Tensor | int, Tensor | int, Tensor | None, Tensor | None]:
-        """The pages that are written to; of each new token its piece in them, its place in that, its row and its
-        number; the last two are None when all tokens of all rows are written, in order. Numbers for a single token."""
+    def _targets(self) -> tuple[Targets, tuple[Tensor, ...] | None]:
+        """Where the new tokens go; and of those that are written their rows and numbers, None for all of all rows."""
         columns, count = self.columns, self.columns.stop - self.columns.start
         piece = self.kind.cells.piece_tokens
-        if count == 1 == len(self.slots) and columns.stored is None:
+        names = self.closed + self.unclosed
+        if count == 1 == len(self.slots) and columns.stored is None and self.kind.cells.movers is None:
             token = (columns.stop - 1) % self.kind.table.page_tokens
-            return [(self.closed + self.unclosed)[self.slots[0][-1]]], token // piece, token % piece, None, None
+            return Targets(self.kind, [names[self.slots[0][-1]]], token // piece, token % piece), None
         slots = self.slot_of[:, -count:]
         tokens = self.token_of[:, -count:].expand(slots.shape)
         leading = [r == leader for r, leader in enumerate(self._leaders)]
-        which: tuple[Tensor, ...] | tuple[None, None] = (None, None)
+        which: tuple[Tensor, ...] | None = None
         if columns.stored is not None or not all(leading):
             there = torch.tensor(leading, device=columns.device)[:, None].expand(slots.shape)
             if columns.stored is not None:
                 there = there & columns.stored[:, -count:]
-            which = there.nonzero(as_tuple=True)
-            slots, tokens = slots[which], tokens[which]
-        slots, tokens = slots.flatten(), tokens.flatten()
-        names = self.closed + self.unclosed
-        used = torch.unique(slots).tolist() if len(slots) > 1 else slots.tolist()
+            if not bool(there.all()):
+                which = there.nonzero(as_tuple=True)
+                slots, tokens = slots[which][None], tokens[which][None]
+        used = torch.unique(slots).tolist() if slots.numel() > 1 else slots.flatten().tolist()
         place = torch.zeros(max(len(names), 1), dtype=torch.long, device=columns.device)
         if used:
             place[used] = torch.arange(len(used), device=columns.device)
-        parts = self.kind.table.page_tokens // piece
-        pieces, at = place[slots] * parts + tokens // piece, tokens % piece
-        return [names[slot] for slot in used], pieces, at, which[0], which[1]
+        pieces, at = places_of(place[slots], tokens, self.kind.table.page_tokens, piece)
+        return Targets(self.kind, [names[slot] for slot in used], pieces, at), which
 
     def _open_pages(self, number: int, rows: Rows, growth: Growth) -> None:
         kind, size = self.kind, self.kind.table.page_tokens

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from tierstore.hf.kv.gathering import blocks_of, copy_scattered
+from tierstore.hf.kv.moving import offsets_of
 from tierstore.hf.kv.passes import KindPass
 from tierstore.hf.kv.room import Room, States
 from tierstore.hf.kv.sources import Known, Source, Sources
@@ -55,6 +57,9 @@ class Reader:
                 if pad or length <= first:
                     target[row, :, : target.shape[2] - max(length - first, 0)].zero_()
         for source in self.sources(layer):
+            if self._cells.movers is not None and source.dtype == into[0].dtype:
+                self._move(source, into)
+                continue
             states = source.whole or self._dense(source)
             at = source.at if source.whole else [*range(len(source.pages))]
             blocks = blocks_of(self._pass, source.pages)
@@ -65,6 +70,17 @@ class Reader:
                 if source.whole:
                     block = replace(block, picks=[at[pick] for pick in block.picks])
                 block.copy(states, into)
+
+    def _move(self, source: Source, into: States) -> None:
+        """All tokens of ``source`` to their columns, in one launch of a kernel."""
+        places = source.places()
+        starts = dict(zip(source.pages, zip(places.keys, places.values, strict=True), strict=True))
+        nowhere = [-1] * len(places.keys[0])
+        missing = (nowhere, nowhere)
+        pages = [starts.get(page, missing) for page in (*self._pass.closed, *self._pass.unclosed)] + [missing]
+        offsets = torch.tensor(offsets_of(*zip(*pages, strict=True)), device=places.buffer.device)
+        where = self._pass.places(places.piece_tokens)
+        self._cells.movers.gather(places.buffer, offsets, *where, *(part.transpose(1, 2) for part in into))
 
     def groups(self, layer: int, room: Room, most: int) -> Iterator[Group]:
         """All pages by who reads them, at most ``most`` pages at a time, in ``room`` or where they are unpacked to: a

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from tierstore.hf.kv.kinds import KvKind
@@ -34,12 +35,14 @@ class Source:
     """Pages that can be read now: ``take`` gives keys [n, page_tokens, heads, key_dim] and values of those at some
     places in ``pages``, in the dtype of a room and mostly in its memory.
 
-    ``packed`` pages come as their format keeps them. With ``whole``, page i is entry ``at[i]`` of these views.
+    ``packed`` pages come as their format keeps them. With ``whole``, page i is entry ``at[i]`` of these views. What is
+    at ``places`` are tokens of ``dtype``, or None where it is codes.
     """
 
     pages: tuple[int, ...]
     take: Callable[[Sequence[int], Room], States]
     places: Callable[[], Places]
+    dtype: torch.dtype | None
     packed: bool = False
     whole: States | None = None
     at: Sequence[int] = ()
@@ -73,6 +76,7 @@ class Sources:
                 tuple(frames),
                 lambda picks, room: cells.open_pages([at[pick] for pick in picks], room.pages(len(picks))),
                 lambda: Places(cells.region, *cells.offsets_of(frames.values()), cells.piece_tokens),
+                cells.dtype,
             )
         while wave is not None:
             yield self._of_wave(wave)
@@ -92,7 +96,7 @@ class Sources:
         def places() -> Places:
             return Places(cells.region, *cells.offsets_of((frame,) for frame in at), cells.piece_tokens)
 
-        return _raw(pages, (cells.keys, cells.values), at, places, packed=False)
+        return _raw(pages, (cells.keys, cells.values), at, places, cells.dtype, packed=False)
 
     def _of_wave(self, wave: Wave) -> Source:
         cells, plain = self._cells, self._kind.plan.kind.plain
@@ -105,19 +109,25 @@ class Sources:
 
         if cells.raw_dtype:
             at = [offset // FRAME_ALIGN for offset in wave.offsets]
-            return _raw(wave.pages, cells.raw_pages(buffer), at, places, packed=not plain)
+            return _raw(wave.pages, cells.raw_pages(buffer), at, places, cells.raw_dtype, packed=not plain)
 
         def unpack(picks: Sequence[int], room: Room) -> States:
             return cells.unpack(buffer, [wave.offsets[pick] for pick in picks], room.dtype)
 
-        return Source(wave.pages, unpack, places, packed=True)
+        return Source(wave.pages, unpack, places, None, packed=True)
 
 
 def _raw(
-    pages: tuple[int, ...], whole: States, at: Sequence[int], places: Callable[[], Places], *, packed: bool
+    pages: tuple[int, ...],
+    whole: States,
+    at: Sequence[int],
+    places: Callable[[], Places],
+    dtype: torch.dtype,
+    *,
+    packed: bool,
 ) -> Source:
     def copy(picks: Sequence[int], room: Room) -> States:
         numbers, into = [at[pick] for pick in picks], room.pages(len(picks))
         return take(whole[0], numbers, into[0]), take(whole[1], numbers, into[1])
 
-    return Source(pages, copy, places, packed, whole, at)
+    return Source(pages, copy, places, dtype, packed, whole, at)

@@ -1,0 +1,112 @@
+"""Where there are kernels, they write new tokens to pages and read pages in order: all is as when torch does it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.edges.interpreter import Interpreter
+from tests.hf.batches import greedy, some_tokens, token_model
+from tests.hf.paged import decoder, generated, left_padded, paged, prompt, smallest
+from tierstore.hf.kv import cells, moving
+
+KV: dict[str, Any] = {"kv_hbm": 1 << 20}
+ONE, ROWS = {"input_ids": prompt(27)}, left_padded((19, 14))
+
+
+class Movers:
+    """Triton's, interpreted, in a process of its own: what they changed is copied back."""
+
+    def __init__(self) -> None:
+        self.interpreter = Interpreter()
+        self.calls = {"scatter": 0, "gather": 0}
+
+    def scatter(self, keys: Tensor, values: Tensor, buffer: Tensor, *where: Tensor) -> None:
+        self.calls["scatter"] += 1
+        buffer.copy_(self.interpreter.call("paged_attention.raw", "scatter", keys, values, buffer, *where)[2])
+
+    def gather(self, buffer: Tensor, *arguments: Tensor) -> None:
+        self.calls["gather"] += 1
+        found = self.interpreter.call("paged_attention.raw", "gather", buffer, *arguments)
+        for into, read in zip(arguments[-2:], found[-2:], strict=True):
+            into.copy_(read)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Movers]:
+    made = Movers()
+    yield made
+    made.interpreter.close()
+
+
+@pytest.fixture
+def movers(interpreted: Movers) -> Movers:
+    interpreted.calls = dict.fromkeys(interpreted.calls, 0)
+    return interpreted
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "given"),
+    [
+        ("LlamaForCausalLM", None, ONE),
+        ("LlamaForCausalLM", None, {**ONE, "num_beams": 2}),
+        ("MistralForCausalLM", None, ROWS),
+        ("DeepseekV3ForCausalLM", None, ROWS),
+        ("FalconForCausalLM", "int8", ONE),
+        ("LlamaForCausalLM", "bf16", ROWS),
+    ],
+)
+def test_the_model_generates_the_same(
+    name: str, format: str | None, given: dict[str, Any], movers: Movers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found = decoder(name), []
+    for engaged in (None, movers):
+        monkeypatch.setattr(cells, "movers_for", lambda device, these=engaged: these)
+        with paged(model, format=format, **KV):
+            found.append(generated(model, new=4, **given))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(map(torch.equal, found[0][1], found[1][1]))
+    assert movers.calls["scatter"] == 4 * model.config.num_hidden_layers, "one launch a layer"
+    assert movers.calls["gather"]
+
+
+@pytest.mark.parametrize("below", [{"kv_ram": 1 << 20}, {"kv_ram": 1 << 20, "kv_nvme": 1 << 20}])
+def test_pages_that_went_down_are_read_as_they_come(
+    below: dict[str, Any], movers: Movers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, found, waves = decoder("LlamaForCausalLM"), [], []
+    least = smallest(model, **below)
+    for engaged in (None, movers):
+        monkeypatch.setattr(cells, "movers_for", lambda device, these=engaged: these)
+        with paged(model, tmp_path, kv_hbm=2 * least, **below) as made:
+            made.memory.scratch = torch.zeros(1 << 16, dtype=torch.uint8)
+            found.append(generated(model, new=2, input_ids=prompt(60)))
+            waves.append(sum(usage.read_nbytes for usage in made.memory.usage().cells))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(map(torch.equal, found[0][1], found[1][1]))
+    assert movers.calls["gather"] > 2 * model.config.num_hidden_layers, "some layers are read in parts"
+    assert waves[0] == waves[1]
+
+
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_a_batch_generates_the_same(format: str | None, movers: Movers, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = decoder("MistralForCausalLM"), []
+    prompts = [some_tokens(count, count) for count in (21, 1, 9)]
+    for engaged in (None, movers):
+        monkeypatch.setattr(cells, "movers_for", lambda device, these=engaged: these)
+        with token_model(model, format=format, **KV) as batch:
+            found.append((greedy(batch, prompts, 3), [kind.cells.region.clone() for kind in batch.memory.kinds]))
+    assert found[0][0] == found[1][0]
+    assert all(map(torch.equal, found[0][1], found[1][1]))
+    assert movers.calls["scatter"]
+
+
+def test_without_triton_torch_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert moving.movers_for(torch.device("cpu")) is None
+    monkeypatch.setattr(moving, "find_spec", lambda name: None)
+    assert moving.movers_for(torch.device("cuda")) is None

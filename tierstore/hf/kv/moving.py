@@ -1,0 +1,31 @@
+"""Tokens of pages that are not packed, moved by kernels on CUDA: keys and values of a layer in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def movers_for(device: torch.device) -> Any:
+    """The module of kernels for ``device``, with ``scatter`` and ``gather``; None without CUDA or Triton: then torch's
+    copies are faster, or all there is."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from tierstore.kernels.paged_attention import raw
+
+    return raw
+
+
+def offsets_of(*pages: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The bytes at which the pieces of some pages start, in a row: of their keys, and in another of their values."""
+    return [[at for page in part for at in page] for part in pages]
+
+
+def places_of(slots: Tensor, tokens: Tensor, page_tokens: int, piece_tokens: int) -> tuple[Tensor, Tensor]:
+    """The piece of each of ``tokens`` [B or 1, n] of pages number ``slots`` [B, n], and its place in that."""
+    pieces = slots * (page_tokens // piece_tokens) + tokens // piece_tokens
+    return pieces, (tokens % piece_tokens).expand(pieces.shape).contiguous()
