@@ -13,6 +13,7 @@ from math import ceil, log
 
 from tierstore.budget import format_nbytes
 from tierstore.errors import PlanError
+from tierstore.waiting_plan import WaitingPlan, WaitingRoom
 
 __all__ = [
     "CPU_TOKENS",
@@ -78,7 +79,8 @@ class BatchRoom:
 
     ``open_pages`` pages of ``page_tokens`` tokens can be open at once, and there are those of ``kv``, the fastest tier
     first. ``activations`` bytes hold ``layer_nbytes_per_token`` of the micro-batch that is computed and
-    ``waiting_nbytes_per_token`` of every other one of the pass; None is no bound."""
+    ``waiting_nbytes_per_token`` of every other one of the pass; None is no bound. ``waiting`` is where micro-batches
+    wait, None where they wait in the memory that they compute in."""
 
     page_tokens: int
     open_pages: int
@@ -87,6 +89,7 @@ class BatchRoom:
     waiting_nbytes_per_token: int = 0
     activations: int | None = None
     sequences: int | None = None
+    waiting: WaitingRoom | None = None
 
     @property
     def pages(self) -> int:
@@ -101,8 +104,9 @@ class BatchPlan:
     ``seconds_per_pass`` is a pass in the steady state, in which the processor computes for ``compute_seconds`` and
     links are busy with weights and KV for ``transfer_seconds``; then ``tokens_per_second`` are generated. ``seconds``
     is the whole job; in the last ``tail_seconds`` few sequences are left. ``bound`` says what keeps the job from being
-    faster: "compute", "transfer", "pages", "open pages", "sequences", "rows" or "activations"; ``wanted`` sequences
-    would be enough to compute for as long as the weights take.
+    faster: "compute", "transfer", "pages", "open pages", "sequences", "rows", "activations" or "hidden states";
+    ``wanted`` sequences would be enough to compute for as long as the weights take. ``waiting`` says where
+    micro-batches wait, None where they wait in the memory that they compute in.
     """
 
     tokens: int
@@ -116,6 +120,7 @@ class BatchPlan:
     seconds: float
     bound: str
     wanted: int
+    waiting: WaitingPlan | None = None
 
     def explain(self) -> str:
         """What was chosen and why, in a few lines for people."""
@@ -128,6 +133,8 @@ class BatchPlan:
             f"{self.seconds:.4g} s",
             f"  {_REASONS[self.bound].format(wanted=self.wanted)}",
         ]
+        if self.waiting is not None:
+            lines.append(f"  {self.waiting.explain()}")
         if self.tail_seconds >= self.seconds / 20:
             lines.append(
                 f"  few sequences are left in the last {self.tail_seconds:.4g} s: more rows in a job use them better"
@@ -144,6 +151,7 @@ _REASONS = {
     "sequences": f"{_WANTED}: allow as many at once",
     "rows": f"{_WANTED}: a job of more rows takes hardly longer",
     "activations": f"{_WANTED}, hidden states of fewer fit: allow more bytes of activations",
+    "hidden states": f"{_WANTED}, hidden states of fewer have room to wait: give the job more bytes of hbm or ram",
 }
 
 
@@ -205,7 +213,11 @@ class _Sizes:
         if room.sequences is not None:
             self._most["sequences"] = room.sequences
         self._most_sequences = min(self._most.values())
-        self._most_micro_batches = None if room.activations is None else _micro_batches(tokens, room)
+        bounds = {} if room.activations is None else {"activations": _micro_batches(tokens, room)}
+        if room.waiting is not None:
+            bounds["hidden states"] = room.waiting.most(tokens)
+        self._micro_bound = min(bounds, key=bounds.__getitem__, default="")
+        self._most_micro_batches = bounds.get(self._micro_bound)
 
     def best(self) -> BatchPlan:
         """The fewest sequences that are about as fast as any number, and some to spare."""
@@ -216,7 +228,10 @@ class _Sizes:
         # prompts may use what the weights take, also where too few sequences generate
         hidden = self._costs.transfer_seconds / self._micro_seconds
         filled = sequences * self._tokens_each / self._tokens
-        micro_batches = max(enough.micro_batches, self._at_most(ceil(hidden) if filled >= hidden else int(hidden)))
+        more = self._at_most(ceil(hidden) if filled >= hidden else int(hidden))
+        if self._room.waiting is not None:  # but for that nothing has to move
+            more = min(more, self._room.waiting.on_device(self._tokens))
+        micro_batches = max(enough.micro_batches, more)
         return self._plan(micro_batches, sequences)
 
     def _candidates(self) -> Iterator[int]:
@@ -239,7 +254,7 @@ class _Sizes:
         # in the steady state: as many as wait for nothing, or as a full pass has beside the prompts of those that come
         generated = min(sequences, tokens / self._tokens_each)
         used = max(ceil(generated / self._tokens), generated * self._tokens_each / self._tokens)
-        compute, transfer = used * self._micro_seconds, self._transfer(sequences)
+        compute, transfer = used * self._micro_seconds, self._transfer(sequences, used)
         seconds = self._pass(used, sequences)
 
         prompts = self._prompt_passes(generated, tokens)
@@ -263,6 +278,7 @@ class _Sizes:
             seconds=first + between + last + tail,
             bound=self._bound(micro_batches, sequences, compute, transfer),
             wanted=ceil(weights * self._tokens / self._tokens_each),
+            waiting=None if self._room.waiting is None else self._room.waiting.plan(micro_batches, self._tokens),
         )
 
     def _prompt_passes(self, sequences: float, tokens: int) -> int:
@@ -273,18 +289,21 @@ class _Sizes:
             return ceil(sequences * prompt / tokens)
         return max(1, ceil(log(max(left, 1 / tokens)) / log(1 - 1 / prompt) - 1e-9))
 
-    def _transfer(self, sequences: int) -> float:
-        """Seconds in which weights and the KV of ``sequences`` in the middle of their lives come over the links."""
+    def _transfer(self, sequences: int, micro_batches: float) -> float:
+        """Seconds in which weights, the KV of ``sequences`` in the middle of their lives, and what micro-batches hold
+        that wait in host memory come over the links."""
         seconds = self._costs.transfer_seconds
         pages = sequences * (self._job.prompt_tokens + self._job.new_tokens / 2) / self._room.page_tokens
         for tier in self._room.kv:
             here = min(pages, tier.pages)
             seconds += here * tier.seconds_per_page
             pages -= here
-        return seconds
+        waiting = self._room.waiting
+        return seconds if waiting is None else seconds + waiting.seconds(ceil(micro_batches), self._tokens)
 
     def _pass(self, micro_batches: float, sequences: int) -> float:
-        return max(micro_batches * self._micro_seconds, self._transfer(sequences)) + self._costs.overhead_seconds
+        transfer = self._transfer(sequences, micro_batches)
+        return max(micro_batches * self._micro_seconds, transfer) + self._costs.overhead_seconds
 
     def _bound(self, micro_batches: int, sequences: int, compute: float, transfer: float) -> str:
         if compute * NEAR >= transfer:
@@ -292,5 +311,7 @@ class _Sizes:
         if sequences == self._most_sequences:
             return min(self._most, key=self._most.__getitem__)
         if micro_batches == self._most_micro_batches:
-            return "activations"
+            return self._micro_bound
+        if self._room.waiting is not None and micro_batches >= self._room.waiting.on_device(self._tokens):
+            return "hidden states"
         return "transfer"

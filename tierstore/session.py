@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from torch import nn
 
 from tierstore.backends import Backend
+from tierstore.binding.aside import Aside, Waits
 from tierstore.binding.baton import Baton
 from tierstore.binding.binder import Binder
 from tierstore.binding.passes import Passes
@@ -20,11 +22,14 @@ from tierstore.budget import Budget, Tier
 from tierstore.composing import TYPICAL_LINKS
 from tierstore.errors import BudgetError, SessionClosedError
 from tierstore.generation import Generation, make_generation
+from tierstore.machine import check_room, inspect_machine
 from tierstore.plan import Links, Plan, remeasure
 from tierstore.report.report import Report
 from tierstore.report.tally import Tally
+from tierstore.report.waiting import WaitingReport
 from tierstore.runtime import Runtime
 from tierstore.tensors import Unit
+from tierstore.waiting_plan import WaitingPlan
 
 if TYPE_CHECKING:
     from tierstore.hf.kv.cache import PagedCache
@@ -77,13 +82,14 @@ class Engaged:
         measured = remeasure(moving, units, links=links, compute_seconds=compute)
         return replace(measured, tier=plan.tier)
 
-    def together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+    def together(self, calls: Sequence[Callable[[], T]], waits: Waits | None) -> list[T]:
         """What ``calls`` give, which take turns at the units that stream."""
         stations = self.binder.stations(self._module) if len(calls) > 1 else {}
         if not stations:
             return [call() for call in calls]
         device = self.runtime.backend.device
-        return Baton(self._module, stations, self.binder.settled, self.binder.loans, self._watch, device).run(calls)
+        loans, settled = self.binder.loans, self.binder.settled
+        return Baton(self._module, stations, settled, loans, self._watch, device, waits).run(calls)
 
     def stop(self) -> None:
         """Stop watching passes. Idempotent."""
@@ -130,6 +136,7 @@ class Session:
     ) -> None:
         self.module = module
         self._generation: Generation | None = None
+        self._aside: Aside | None = None
         self._plan = plan
         self.checkpoint_path = checkpoint_path
         self._tally = tally
@@ -192,6 +199,7 @@ class Session:
             seconds=(self._ended or time.perf_counter()) - self._started,
             notes=self._notes if self._generation is None else (*self._notes, *self._generation.notes),
             kv=None if self._generation is None else self._generation.report(),
+            waiting=None if self._aside is None else _waiting_report(self._aside),
         )
 
     def progress(self) -> tuple[int, int]:
@@ -200,7 +208,7 @@ class Session:
             return 0, 0
         return self._engaged.runtime.prefetcher.progress
 
-    def together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+    def together(self, calls: Sequence[Callable[[], T]], *, waits: Waits | None = None) -> list[T]:
         """What each of ``calls`` gives, in their order; each is a forward of ``module``, or several.
 
         They take turns in this thread: every unit of weights that is fetched serves all calls before the next one is,
@@ -209,12 +217,30 @@ class Session:
         are here when it begins; random numbers are drawn from torch's one generator, by whoever is at it. Calls that
         use caches of ``kv``, or a bound on activations with waiting hidden states, go through the module one by one.
 
+        ``waits``, such as an ``Aside``, may move elsewhere what a call has in its forward while it waits: for calls
+        that share no tensors but those of the module. One thread at a time uses it.
+
         The first error that a call raises ends all others, where they wait, and is raised. Raises
         ``SessionClosedError``, and ``DeviceError`` where the package greenlet is missing.
         """
         if self._finish is None:
             raise SessionClosedError("the session is closed: call the module itself, or open another session")
-        return [call() for call in calls] if self._engaged is None else self._engaged.together(calls)
+        return [call() for call in calls] if self._engaged is None else self._engaged.together(calls, waits)
+
+    def set_aside(self, plan: WaitingPlan) -> Aside:
+        """Host memory for what calls of ``together`` hold while they wait, as ``plan`` says, until the session is
+        closed. Once only.
+
+        Raises ``BudgetError`` where the machine has less, ``CapacityError`` where the system refuses it,
+        ``SessionClosedError``, and ``ValueError`` where no weight has to move, so that no call waits."""
+        if self._finish is None:
+            raise SessionClosedError("the session is closed: open another one")
+        if self._engaged is None or self._aside is not None:
+            raise ValueError("no call waits in this session" if self._engaged is None else "there is one already")
+        backend = self._engaged.runtime.backend
+        check_room(0, plan.host_nbytes, inspect_machine(), backend.device)
+        self._aside = Aside(backend, plan)
+        return self._aside
 
     def close(self) -> None:
         """End every transfer and thread and leave the module as it was found. Idempotent.
@@ -234,8 +260,11 @@ class Session:
         if self._engaged is not None:
             self._engaged.stop()
         try:
-            if self._generation is not None:
-                self._generation.close()
+            with ExitStack() as closing:
+                if self._generation is not None:
+                    closing.callback(self._generation.close)
+                if self._aside is not None:
+                    closing.callback(self._aside.close)
         finally:
             finish()
 
@@ -253,3 +282,7 @@ class Session:
         moving = self._engaged.runtime.peak_bytes if self._engaged else {"hbm": 0, "ram": 0}
         peaks = {tier: self._fixed_nbytes[tier] + moving[tier] for tier in ("hbm", "ram")}
         return {**peaks, "nvme": self._written_nbytes()}
+
+
+def _waiting_report(aside: Aside) -> WaitingReport:
+    return WaitingReport(aside.plan.host_nbytes, aside.peak_host_nbytes, aside.moved_nbytes)

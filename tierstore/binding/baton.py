@@ -17,7 +17,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
+from tierstore.binding.aside import Waits
 from tierstore.binding.forwards import interpose, withdraw
+from tierstore.binding.holdings import Holdings
 from tierstore.binding.loans import Loans, Stay
 from tierstore.binding.passes import Passes
 from tierstore.binding.thread_state import ThreadState, stacked
@@ -44,10 +46,13 @@ def uninterleaved() -> Iterator[None]:
 
 @dataclass(eq=False)
 class _Call(Generic[T]):
-    """A call: its greenlet, what torch kept for it when it last gave the baton back, and what it waits for."""
+    """A call: its greenlet, what torch kept for it when it last gave the baton back, and what it waits for. Where what
+    it holds until then is of interest, ``holdings`` knows that."""
 
     greenlet: Any
     state: ThreadState
+    number: int
+    holdings: Holdings | None
     waits: str = PASS
     ended: bool = False
     result: list[T] | None = None
@@ -61,7 +66,8 @@ class Baton:
     one more whenever all calls that have not ended begin another forward of ``root``.
 
     A unit serves the calls in their order. Of several units that calls wait for, as with experts, the first behind the
-    present one is next. While a unit is served it stays in memory, unless something else needs the room.
+    present one is next. While a unit is served it stays in memory, unless something else needs the room. ``waits`` is
+    told what waiting calls hold, and may move it elsewhere until they go on.
     """
 
     def __init__(
@@ -72,8 +78,10 @@ class Baton:
         loans: Loans,
         passes: Passes,
         device: torch.device,
+        waits: Waits | None = None,
     ) -> None:
         self._root, self._loans, self._passes, self._device = root, loans, passes, device
+        self._waits = waits
         self._stations, self._settled = stations, settled
         self._ranks = {unit: rank for rank, unit in enumerate(dict.fromkeys(stations.values()))}
         self._calls: list[_Call[Any]] = []
@@ -99,8 +107,9 @@ class Baton:
             with Uninterrupted():
                 self._passes.enter()
                 self._entered = True
-            for call in calls:
-                made: _Call[T] = _Call(None, self._own)
+            holdings = self._holdings(len(calls))
+            for number, call in enumerate(calls):
+                made: _Call[T] = _Call(None, self._own, number, holdings[number])
                 made.greenlet = new(partial(_answer, made, call))
                 made.greenlet.gr_context = copy_context()
                 self._calls.append(made)
@@ -108,6 +117,8 @@ class Baton:
             self._stand_for(self._root, self._at_root, outermost=False)
             for module, unit in self._stations.items():
                 self._stand_for(module, partial(self._at_unit, unit), outermost=True)
+            for module in self._root.modules() if any(holdings) else ():
+                self._stand_for(module, partial(self._noted, module), outermost=True)
             while waiting := [each for each in self._calls if not each.ended]:
                 self._serve(self._next(waiting), waiting)
             whole = True
@@ -125,6 +136,14 @@ class Baton:
                     raise failed
                 finally:
                     del failed
+
+    def _holdings(self, calls: int) -> list[Holdings | None]:
+        if self._waits is None:
+            return [None] * calls
+        owners: dict[int, Holdings | None] = {}
+        least, recall = self._waits.least_nbytes, self._waits.back
+        of_interest = enumerate(self._waits.begin(calls))
+        return [Holdings(n, self._device, least, owners, recall) if is_so else None for n, is_so in of_interest]
 
     # ---- who goes on
 
@@ -149,10 +168,18 @@ class Baton:
             with torch.inference_mode(self._own.inference):  # at its end all but the types of autocast is as before
                 self._own.resume()
                 self._present = self._own
-                for call in calls:
+                for call, following in zip(calls, [*calls[1:], *calls[:1]], strict=True):
+                    self._come(call, following)
                     self._resume(call, *error)
         finally:
             self._own.resume()
+
+    def _come(self, *calls: _Call[Any]) -> None:
+        """Let what these calls hold be brought back, one call ahead of compute."""
+        for call in calls:
+            if self._waits is not None and call.holdings is not None:
+                with Uninterrupted():
+                    self._waits.come(call.number)
 
     def _resume(self, call: _Call[Any], *error: type[BaseException]) -> None:
         """Let a call go on until it waits again, or ends, with the thread as it was when the call was left."""
@@ -202,6 +229,8 @@ class Baton:
         while self._calls:
             self._calls.pop().greenlet = None
         self._call_of.clear()
+        if self._waits is not None:
+            self._waits.end()
         if self._entered:
             self._entered = False
             self._passes.leave(whole)
@@ -234,8 +263,23 @@ class Baton:
         if call is None or self._ending or _keeping.get() is not self._keeping or stacked() != self._stacked:
             return False
         call.waits = unit
-        greenlet.parent.switch()
+        if call.holdings is None or self._waits is None or ThreadState.of(self._device).stream != self._own.stream:
+            greenlet.parent.switch()
+            return True
+        try:
+            with Uninterrupted():
+                self._waits.leave(call.number, call.holdings.storages())
+            greenlet.parent.switch()
+        finally:  # also where it ends, as whatever it does then may need what it holds
+            with Uninterrupted():
+                self._waits.back(call.number)
         return True
+
+    def _noted(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self._call_of.get(self._getcurrent())
+        if call is None or call.holdings is None:
+            return forward(*args, **kwargs)
+        return call.holdings.through(module, forward, *args, **kwargs)
 
     def _alone(self) -> bool:
         """Whether it is a call that goes on, and all others that have not ended wait for a pass."""

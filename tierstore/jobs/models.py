@@ -17,6 +17,7 @@ from tierstore.composing import TYPICAL_LINKS
 from tierstore.drafting import PassCost
 from tierstore.errors import ModuleError
 from tierstore.jobs.engine import Model
+from tierstore.jobs.hidden_states import HiddenStates, StatesRoom
 from tierstore.jobs.probing import probe
 
 if TYPE_CHECKING:
@@ -57,22 +58,28 @@ def prepare_side_by_side(
     vocabulary: int,
     positions: int | None,
     unified: bool,
+    states: StatesRoom | None,
     sequences: int | None,
     closing: ExitStack,
 ) -> Prepared:
     """Tokens of up to ``sequences`` texts side by side, over the pages of the session's KV cache. ``sizes`` of
-    micro-batches to choose from are the usual ones for None. The model is closed with ``closing``."""
+    micro-batches to choose from are the usual ones for None. ``states`` is the room for hidden states of those that
+    wait, None where they stay. The model is closed with ``closing``."""
     from tierstore.hf.batch.tokens import TokenModel
 
     memory = session.kv.memory
     if sizes is None:
         sizes = _even_sizes(session.module) if memory.device.type == "cpu" else CUDA_TOKENS
-    model = TokenModel(session.module, memory, session.together, tokens=sizes[0])
+    hidden = HiddenStates(session, states)
+    model = TokenModel(session.module, memory, hidden.together, tokens=sizes[0])
     closing.callback(model.close)
     costs = probe(model, session, sizes, vocabulary=vocabulary, positions=positions)
+    waiting = hidden.measure(model, vocabulary=vocabulary, positions=positions)
     room = model.capacity
     tiers = _tiers(memory, room, unified)
-    plan = build_batch_plan(costs, job, BatchRoom(room.page_tokens, room.open_pages, tiers, sequences=sequences))
+    batch_room = BatchRoom(room.page_tokens, room.open_pages, tiers, sequences=sequences, waiting=waiting)
+    plan = build_batch_plan(costs, job, batch_room)
+    hidden.begin(plan.waiting)
     model.tokens = plan.tokens
     compute = costs.compute_seconds[plan.tokens]
     return Prepared(

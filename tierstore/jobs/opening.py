@@ -19,6 +19,7 @@ from tierstore.jobs.draft_model import OpenDraft, beside, open_draft
 from tierstore.jobs.drafts import Drafting, ModelDrafter
 from tierstore.jobs.encoding import Encoder, end_tokens
 from tierstore.jobs.engine import Counts, Engine
+from tierstore.jobs.hidden_states import StatesRoom, room_for_states
 from tierstore.jobs.models import Prepared, divide_alone, prepare_alone, prepare_side_by_side
 from tierstore.jobs.prompts import PromptFile
 from tierstore.jobs.rows import Row
@@ -100,6 +101,7 @@ class _Opening:
     def __init__(self, settings: JobSettings, workload: Workload, closing: ExitStack) -> None:
         self._settings, self._workload, self._closing = settings, workload, closing
         self._notes: list[str] = []
+        self._states: StatesRoom | None = None
         self.draft: OpenDraft | None = None
 
     def divide(self, checkpoint: Checkpoint, backend: Backend) -> Budget:
@@ -124,6 +126,16 @@ class _Opening:
         self._alone = why_not_tokens(module)
         budget, form = self._beside_draft(longest), settings.kv_format
         sequences = min(self._job.sequences, settings.sequences or self._job.sequences)
+        weights_nbytes = sum(piece.extent.nbytes for pieces in checkpoint.pieces.values() for piece in pieces)
+        if not (self._unified or self._alone):
+            self._states = room_for_states(
+                budget.hbm,
+                budget.ram,
+                weights_nbytes=weights_nbytes,
+                tokens=sequences * self._job.prompt_tokens,
+                token_nbytes=int(getattr(text, "hidden_size", 1)) * dtype_of(module).itemsize,
+            )
+            budget = replace(budget, ram=budget.ram - self._states.host_nbytes)
         if self._alone:
             why = self._alone.removesuffix(f": {WITHOUT}")
             self._notes.append(f"each text is computed by itself, in a call of its own: {why}")
@@ -133,9 +145,8 @@ class _Opening:
             self._notes.append(reason)
         elif not budget.kv_hbm:
             kinds = page_kinds(layers_of(module), dtype_of(module), kv_format(form, dtype_of(module)))
-            nbytes = sum(piece.extent.nbytes for pieces in checkpoint.pieces.values() for piece in pieces)
             tokens = self._job.prompt_tokens + self._job.new_tokens
-            needs = KvNeeds(kinds, sequences, tokens, longest, nbytes)
+            needs = KvNeeds(kinds, sequences, tokens, longest, weights_nbytes)
             split = split_budget(needs, budget.hbm, budget.ram, budget.kv_nvme, unified=self._unified)
             self._notes.append(split.reason)
             kv: Any = {"kv_hbm": split.kv_hbm, "kv_ram": split.kv_ram, "kv_nvme": budget.kv_nvme}
@@ -181,6 +192,7 @@ class _Opening:
                 vocabulary=known,
                 positions=self._positions,
                 unified=self._unified,
+                states=self._states,
                 sequences=settings.sequences,
                 closing=self._closing,
             )

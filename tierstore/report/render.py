@@ -45,6 +45,8 @@ def _lines(report: Report) -> Iterator[str]:
     yield f"misses: {report.misses}"
     if report.kv is not None:
         yield from report.kv.lines()
+    if report.waiting is not None:
+        yield from report.waiting.lines()
     for note in report.notes:
         yield f"note: {note}"
 

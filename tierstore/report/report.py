@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from tierstore.report.kv import KvReport
 from tierstore.report.render import as_text
+from tierstore.report.waiting import WaitingReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ class Report:
     did not expect. ``resident_share`` is the part of the weights, 0 to 1, that never moves again.
     ``passes`` counts complete rounds over the units, ``seconds`` the wall time since the session
     opened. ``notes`` are decisions worth knowing, such as a fallback and its reason. ``kv`` is the KV cache,
-    None where the session has none; its bytes are not among those of ``peak_bytes`` and ``links``.
+    None where the session has none, and ``waiting`` the host memory for what micro-batches hold; their bytes are not
+    among those of ``peak_bytes`` and ``links``.
 
     ``str()`` gives a table for people, ``to_json()`` one line for programs.
     """
@@ -52,6 +54,7 @@ class Report:
     seconds: float
     notes: tuple[str, ...] = ()
     kv: KvReport | None = None
+    waiting: WaitingReport | None = None
 
     @property
     def bytes_moved(self) -> int:

@@ -10,6 +10,7 @@ from threading import Lock
 from tierstore.events import Event, Missed, Moved, Stalled
 from tierstore.report.kv import KvReport
 from tierstore.report.report import LinkReport, Report
+from tierstore.report.waiting import WaitingReport
 
 _OPEN_SPANS = 64
 
@@ -112,6 +113,7 @@ class Tally:
         seconds: float,
         notes: Sequence[str] = (),
         kv: KvReport | None = None,
+        waiting: WaitingReport | None = None,
     ) -> Report:
         """The events so far, beside what only the session knows; fields as in ``Report``."""
         with self._lock:
@@ -129,4 +131,5 @@ class Tally:
                 seconds=seconds,
                 notes=tuple(notes),
                 kv=kv,
+                waiting=waiting,
             )
