@@ -2,8 +2,9 @@
 """Decodes with most of a KV cache on disk, and with all of it in memory; counts what beams and sequences share.
 
 The cache is filled with random keys and values, since what is measured is their way to attention: how near a token
-comes to the larger of its compute time and of the time that the disk needs for the bytes. The runs take turns. Prints a
-table and, last, one line of JSON.
+comes to the larger of its compute time and of the time that the disk needs for the bytes. Each token takes turns with a
+read of as many bytes and nothing else, as a disk that others use too is not equally fast all the time. Prints a table
+and, last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Bench:
         self.rows: list[Row] = []
         self.figures: dict[str, Any] = {}
         self._smoke: bool = chosen.smoke
-        self._folder = folder
+        self._folder, self._file = folder, folder / "rate.bin"
         self._format: str | None = chosen.format
         self._tokens: int = 4096 if chosen.smoke else chosen.tokens
         self._prompt = 256 if chosen.smoke else 4096
@@ -66,15 +67,19 @@ class Bench:
             self._decoder.fill(session.kv, self._tokens, self._device)
             cells = session.report().kv.hbm_nbytes
         tight = {"kv_hbm": int((1 - BELOW) * cells), "kv_nvme": 2 * cells}
+        laps = self._laps(cells - tight["kv_hbm"])
         compute, wall = [], []
         for _ in range(1 if self._smoke else 3):
             say("decode, all in memory")
-            compute += self._decode(roomy)["seconds"]
+            compute += self._decode(roomy, lambda: None)["seconds"]
             say(f"decode, {BELOW:.0%} on disk")
-            found = self._decode(tight)
+            found = self._decode(tight, laps.run)
             wall += found["seconds"]
-        self.figures |= {"in memory": compute, "on disk": wall, "kv": asdict(found["kv"]), "full_pages_nbytes": cells}
-        self._decode_rows(statistics.median(compute), statistics.median(wall), found["read_nbytes"])
+        laps.close()
+        self.figures |= {"in memory": compute, "on disk": wall, "bytes alone": laps.seconds}
+        self.figures |= {"kv": asdict(found["kv"]), "full_pages_nbytes": cells}
+        rate = (cells - tight["kv_hbm"]) / statistics.median(laps.seconds)
+        self._decode_rows(statistics.median(compute), statistics.median(wall), found["read_nbytes"], rate)
         self._sharing_rows()
 
     @contextmanager
@@ -85,37 +90,33 @@ class Bench:
         ) as session:
             yield session
 
-    def _decode(self, kv: dict[str, int]) -> dict[str, Any]:
+    def _decode(self, kv: dict[str, int], between: Callable[[], None]) -> dict[str, Any]:
         with self._session(kv) as session:
             self._decoder.fill(session.kv, self._tokens, self._device)
-            return decode(session, _timed, warm=WARM, steps=STEPS)
+            return decode(session, _timed, warm=WARM, steps=STEPS, between=between)
 
-    def _decode_rows(self, compute: float, wall: float, read_nbytes: float) -> None:
-        rate = self._disk_rate()
+    def _decode_rows(self, compute: float, wall: float, read_nbytes: float, rate: float) -> None:
         transfer = read_nbytes / rate
         self.figures |= {"disk_bytes_per_second": rate, "read_nbytes_per_token": read_nbytes}
         self.rows += [
             Row("decode, all in memory", f"{compute:.4f} s a token"),
             Row(f"decode, {BELOW:.0%} on disk", f"{wall:.4f} s a token"),
             Row("read from disk", f"{format_nbytes(read_nbytes)} a token"),
-            Row("disk", f"{format_nbytes(rate)}/s, {transfer:.4f} s for these bytes"),
+            Row("disk, in turns with it", f"{format_nbytes(rate)}/s, {transfer:.4f} s for these bytes"),
             at_most("wall / max(compute, transfer)", wall / max(compute, transfer), WALL_GOAL),
         ]
+        if disk.has_fio() and not self._smoke:
+            best = max(disk.fio_rate([self._file], setting) for setting in disk.SETTINGS[1:6:2])
+            self.figures["fio_bytes_per_second"] = best
+            self.rows.append(Row("disk, fio alone afterwards", f"{format_nbytes(best)}/s"))
 
-    def _disk_rate(self) -> float:
-        """What the disk gives at its best, on a file of its own."""
-        path = self._folder / "rate.bin"
-        size = (8 << 20) if self._smoke else (1 << 30)
-        with path.open("wb") as file:
-            for _ in range(size >> 20):
-                file.write(os.urandom(1 << 20))
+    def _laps(self, nbytes: int) -> disk.Laps:
+        """Over a file of its own, written as pages are."""
+        with self._file.open("wb") as file:
+            for at in range(0, nbytes, 1 << 20):
+                file.write(os.urandom(min(1 << 20, nbytes - at)))
             os.fsync(file.fileno())
-        try:
-            if disk.has_fio() and not self._smoke:
-                return max(disk.fio_rate([path], setting) for setting in disk.SETTINGS[1:6:2])
-            return disk.reader_rate([path], 8)
-        finally:
-            path.unlink()
+        return disk.Laps(self._file, nbytes)
 
     def _sharing_rows(self) -> None:
         """Beams over one prompt, and sequences that end anywhere in a page."""

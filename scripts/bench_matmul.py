@@ -26,13 +26,14 @@ from torch import Tensor
 from torch.nn.functional import linear as plain_linear
 
 from tierstore.formats.cpu import arithmetic, can_be_packed, choose, int4_tile_rows, packed_product
-from tierstore.formats.fast4 import can_compile, fast_product
+from tierstore.formats.fast4 import fast_product
 from tierstore.formats.format import Format, Parts
 from tierstore.formats.int4 import Int4
 from tierstore.formats.int8 import Int8
 from tierstore.formats.linear import by_tiles
 from tierstore.formats.named import FORMATS, format_named
 from tierstore.formats.scratch import Scratch
+from tierstore.kernels.machine_code import can_compile
 
 SHAPES = ((8192, 3072), (3072, 8192), (1024, 4096), (512, 512))
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128)

@@ -17,7 +17,9 @@ from torch import Tensor
 from tierstore.kernels.kv_pages.layout import CODE_BITS, CellLayout, layout_of
 from tierstore.kernels.launch import FUSED, NARROW
 from tierstore.kernels.paged_attention.attend import attend, merge_splits
-from tierstore.kernels.paged_attention.partial import Partial
+from tierstore.kernels.paged_attention.partial import Partial, combine
+
+__all__ = ["combine", "decode", "decode_raw", "fits"]
 
 _ENOUGH = 1024
 """Programs that keep a card busy: a few for each multiprocessor."""
@@ -25,6 +27,15 @@ _LEAST_TOKENS, _MOST_SPLITS = 256, 64
 """Of a split, and for a sequence: with fewer tokens, or more splits, to merge the splits would take as long."""
 _ALIGN = 16
 _ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+PREFERRED = True
+"""To the model's own attention over pages that were gathered."""
+
+
+def fits(key_dim: int, value_dim: int) -> bool:
+    """Whether heads can be of this size: of any."""
+    return True
 
 
 def decode(

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
-from tierstore.contracts import ReadRequest
+from tierstore.contracts import Fence, ReadRequest
 from tierstore.extents import Extent
 from tierstore.stores.reader import Reader
 
 SECONDS = 2.0
 """How long fio reads for one figure."""
+PIECE, PIECES = 4 << 20, 8
+"""Bytes of a read of ``Laps``, and how many are under way."""
 SWEEP_SECONDS = 0.8
 """How long it tries a setting."""
 
@@ -82,6 +84,36 @@ def reader_rate(files: Sequence[Path], rounds: int) -> float:
     finally:
         reader.close()
     return max(rates)
+
+
+class Laps:
+    """Reads the first ``nbytes`` of a file again and again by tierstore's reader: pieces of 4 MiB, eight of them under
+    way. For comparisons on a disk whose rate changes, in turns with what is compared."""
+
+    def __init__(self, file: Path, nbytes: int) -> None:
+        self._reader = Reader([file])
+        self._nbytes = nbytes
+        self._memory = torch.zeros(PIECES * PIECE, dtype=torch.uint8)
+        self.seconds: list[float] = []
+        """Of each lap."""
+
+    def run(self) -> None:
+        """One lap."""
+        start, under_way = time.perf_counter(), list[Fence]()
+        for number, at in enumerate(range(0, self._nbytes, PIECE)):
+            if len(under_way) == PIECES:
+                under_way.pop(0).wait()
+            size = min(PIECE, self._nbytes - at)
+            place = number % PIECES * PIECE
+            request = ReadRequest(0, Extent(at, size), self._memory[place : place + size])
+            under_way.append(self._reader.read([request]))
+        for fence in under_way:
+            fence.wait()
+        self.seconds.append(time.perf_counter() - start)
+
+    def close(self) -> None:
+        """End the reader."""
+        self._reader.close()
 
 
 def fio_rate(files: Sequence[Path], setting: Setting, seconds: float = SECONDS) -> float:

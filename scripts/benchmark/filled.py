@@ -51,18 +51,24 @@ class Decoder:
             tokens -= count
 
 
-def decode(session: Any, timed: Callable[[Callable[[], None]], float], *, warm: int, steps: int) -> dict[str, Any]:
-    """Seconds of each steady step of ``session``'s model with its filled cache, and bytes that one of them read."""
+def decode(
+    session: Any, timed: Callable[[Callable[[], None]], float], *, warm: int, steps: int, between: Callable[[], None]
+) -> dict[str, Any]:
+    """Seconds of each steady step of ``session``'s model with its filled cache, and bytes that one of them read.
+    Before each of them comes ``between``."""
     device = next(session.module.parameters()).device
     token = torch.zeros((1, 1), dtype=torch.int64, device=device)
 
     def step() -> None:
         session.module(token, past_key_values=session.kv, use_cache=True)
 
+    seconds = []
     with torch.no_grad():
         for _ in range(warm):
             step()
         before = session.report().kv.read_nbytes
-        seconds = [timed(step) for _ in range(steps)]
+        for _ in range(steps):
+            between()
+            seconds.append(timed(step))
     kv = session.report().kv
     return {"seconds": seconds, "read_nbytes": (kv.read_nbytes - before) / steps, "kv": kv}

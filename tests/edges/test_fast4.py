@@ -15,16 +15,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.torch_threads import threads
-from tierstore.formats import fast4
 from tierstore.formats.cpu import FAST_ROWS, choose, int4_tile_rows
-from tierstore.formats.fast4 import can_compile, fast_product
+from tierstore.formats.fast4 import fast_product
 from tierstore.formats.format import Format, Parts
 from tierstore.formats.int4 import Int4
 from tierstore.formats.int8 import Int8
 from tierstore.formats.linear import linear
 from tierstore.formats.scratch import Scratch
+from tierstore.kernels import machine_code
 from tierstore.kernels.int4_matmul import reference
 from tierstore.kernels.int8_matmul import reference as int8_reference
+from tierstore.kernels.machine_code import can_compile
 
 FORMS = (Int4(), Int4(32), Int4(128), Int8())
 compiled = pytest.mark.skipif(not can_compile(), reason="needs llvmlite, the extra `fast`, and a processor with AVX2")
@@ -184,8 +185,8 @@ def test_without_openmp_one_thread_computes(monkeypatch: pytest.MonkeyPatch) -> 
     with threads(2):
         product = fast_product(x, form, parts, n, k, Scratch())
         monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace())
-        assert fast4._parallel.__wrapped__() == 0
-        monkeypatch.setattr(fast4, "_parallel", lambda: 0)
+        assert machine_code._parallel.__wrapped__() == 0
+        monkeypatch.setattr(machine_code, "_parallel", lambda: 0)
         assert torch.equal(fast_product(x, form, parts, n, k, Scratch()), product)
 
 
@@ -238,7 +239,7 @@ def test_linear_takes_it(form: Format) -> None:
 
 def test_without_llvmlite_all_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llvmlite", None)  # who imports it now has an error
-    spec = spec_from_file_location("fast4_again", fast4.__file__)
+    spec = spec_from_file_location("again", machine_code.__file__)
     assert spec is not None
     assert spec.loader is not None
     again = module_from_spec(spec)

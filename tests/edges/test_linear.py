@@ -22,7 +22,6 @@ from tierstore.formats import cpu, tiles
 from tierstore.formats import linear as linear_file
 from tierstore.formats.bf16 import Bf16
 from tierstore.formats.cpu import MOST_ROWS, arithmetic, can_be_packed, choose, int4_tile_rows, packed_product
-from tierstore.formats.fast4 import can_compile
 from tierstore.formats.format import Format, Parts
 from tierstore.formats.fp4 import Fp4
 from tierstore.formats.int4 import Int4
@@ -32,6 +31,7 @@ from tierstore.formats.linear import MATMULS, by_tiles, dequantise, linear, unpa
 from tierstore.formats.mxfp4 import MxFp4
 from tierstore.formats.named import FORMATS
 from tierstore.formats.scratch import Scratch
+from tierstore.kernels.machine_code import can_compile
 
 ROOT = Path(__file__).parents[2]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

@@ -10,12 +10,22 @@ import pytest
 import torch
 
 from tests.edges.interpreter import Interpreter
-from tests.hf.paged import decoder, left_padded, paged, prompt
+from tests.hf.paged import decoder, generated, left_padded, paged, prompt, smallest
 from tierstore.hf.kv import decoding
+from tierstore.kernels.machine_code import can_compile
+from tierstore.kernels.paged_attention import compiled, triton
+from tierstore.kernels.paged_attention.partial import Partial
+
+needs_compiler = pytest.mark.skipif(
+    not can_compile(), reason="needs llvmlite, the extra `fast`, and a processor with AVX2"
+)
 
 
 class Kernels:
     """Triton's, interpreted."""
+
+    PREFERRED = True
+    fits, combine = staticmethod(triton.fits), staticmethod(triton.combine)
 
     def __init__(self) -> None:
         self.interpreter = Interpreter()
@@ -23,11 +33,11 @@ class Kernels:
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
         self.calls["decode"] += 1
-        return self.interpreter.call("paged_attention.triton", "decode", *args, **kwargs)
+        return Partial(*self.interpreter.call("paged_attention.triton", "decode", *args, **kwargs))
 
     def decode_raw(self, *args: Any, **kwargs: Any) -> Any:
         self.calls["decode_raw"] += 1
-        return self.interpreter.call("paged_attention.triton", "decode_raw", *args, **kwargs)
+        return Partial(*self.interpreter.call("paged_attention.triton", "decode_raw", *args, **kwargs))
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +90,59 @@ def test_a_dtype_without_kernels_is_gathered(kernels: Kernels, monkeypatch: pyte
 def test_without_triton_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "find_spec", lambda name: None)
     assert decoding.kernels_for(torch.device("cuda")) is None
+
+
+class Counted:
+    """Kernels compiled for this processor, and how often they were called."""
+
+    PREFERRED, fits, combine = compiled.PREFERRED, staticmethod(compiled.fits), staticmethod(compiled.combine)
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def decode_raw(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return compiled.decode_raw(*args, **kwargs)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "MistralForCausalLM", "Gemma2ForCausalLM", "GptOssForCausalLM"])
+def test_compiled_kernels_say_what_torch_says(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Over pages that do not fit, most of them on disk: rows of different lengths, with padding."""
+    model, rows, counted = decoder(name, dtype), left_padded((150, 131)), Counted()
+    next_one = prompt(1, rows=2, seed=1)
+    mask = torch.cat([rows["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    nvme = 1 << 24
+    found = []
+    for engaged in (None, counted):
+        with paged(model, tmp_path, kv_hbm=2 * smallest(model, kv_nvme=nvme), kv_nvme=nvme) as made, torch.no_grad():
+            monkeypatch.setattr(decoding, "kernels_for", lambda device, these=engaged: these)
+            model(**rows, cache=made.cache)
+            found.append(model(input_ids=next_one, attention_mask=mask, cache=made.cache).logits)
+            monkeypatch.undo()
+    assert counted.calls
+    rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (2e-2, 1e-3)
+    torch.testing.assert_close(found[1], found[0], rtol=rtol, atol=atol)
+
+
+@needs_compiler
+def test_pages_that_fit_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that numbers are those of the plain model."""
+    model, counted = decoder("LlamaForCausalLM"), Counted()
+    monkeypatch.setattr(decoding, "kernels_for", lambda device: counted)
+    with paged(model) as made:
+        found = generated(model, inputs=prompt(100), cache=made.cache)
+    monkeypatch.undo()
+    expected = generated(model, inputs=prompt(100))
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(one, other) for one, other in zip(found[1], expected[1], strict=True))
+    assert not counted.calls
+
+
+def test_heads_that_are_no_vectors_are_left_to_torch() -> None:
+    assert compiled.fits(64, 128)
+    assert not compiled.fits(20, 16)
+    assert not compiled.fits(16, 12)

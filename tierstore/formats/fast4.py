@@ -6,9 +6,7 @@ weights are coarser than that, and to 15 bits for int8. For 8 bits that is what 
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache, lru_cache
-from importlib.util import find_spec
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -20,6 +18,7 @@ from tierstore.extents import align_up
 from tierstore.formats.format import Format, Parts
 from tierstore.formats.scratch import Scratch
 from tierstore.kernels.int4_matmul.reference import ROWS
+from tierstore.kernels.machine_code import MachineCode
 
 ALIGN = 64
 """Bytes of a cache line, and more than a vector."""
@@ -33,19 +32,9 @@ PARTS = {1: ("codes", "scales"), 2: ("low", "high", "scales", "steps")}
 """Of a matrix, by digits of the rounded input, in the order of the fields of a job."""
 
 
-@cache
-def can_compile() -> bool:
-    """Whether llvmlite is installed and the processor has AVX2: does not change while a process runs."""
-    if find_spec("llvmlite") is None:
-        return False
-    from llvmlite import binding
-
-    return bool(binding.get_host_cpu_features().get("avx2"))
-
-
 def fast_product(x: Tensor, form: Format, parts: Parts, n: int, k: int, scratch: Scratch) -> Tensor:
-    """``x @ W.T`` in the dtype of ``x``, [..., n], for ``x`` [..., k] on a CPU where ``can_compile``; ``form`` is int4,
-    of any group, or int8.
+    """``x @ W.T`` in the dtype of ``x``, [..., n], for ``x`` [..., k] on a CPU that ``can_compile`` for; ``form`` is
+    int4, of any group, or int8.
 
     What is multiplied is ``round_input`` of ``x``. Sums over a group are exact integers, those of groups are added in
     their order in float32: so a row of the product depends on nothing but that row of ``x`` and on ``W``, and is the
@@ -95,48 +84,8 @@ def _layout(values: int, columns: int, group: int, digits: int, blocks: int, mos
     return _Layout((rows, groups, group, blocks), ends[-1], (0, *ends[:-1]), threads)
 
 
-class _Compiled:
-    """Machine code, which lives as long as this object."""
-
-    def __init__(self, digits: int, halves: bool) -> None:
-        from llvmlite import binding
-
-        from tierstore.formats.fast4_code import write
-
-        binding.initialize_native_target()
-        binding.initialize_native_asmprinter()
-        target = binding.Target.from_triple(binding.get_process_triple()).create_target_machine(
-            cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3
-        )
-        module = binding.parse_assembly(str(write(digits, halves=halves)))
-        passes = binding.create_pass_builder(target, binding.create_pipeline_tuning_options(speed_level=2))
-        passes.getModulePassManager().run(module, passes)
-        self._engine = binding.create_mcjit_compiler(module, target)
-        self._engine.finalize_object()
-        self._carry_out = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64)(
-            self._engine.get_function_address("carry_out")
-        )
-
-    def carry_out(self, threads: int, *fields: int) -> None:
-        """Carry out a job, of fields in the order that the code says, with some threads, this one among them."""
-        job = (ctypes.c_int64 * (len(fields) + 2))(*fields)  # and two counters, which begin at 0
-        self._carry_out(job, threads, _parallel() if threads > 1 else 0)
-
-
 @cache
-def _compiled(digits: int, *, halves: bool) -> _Compiled:
-    return _Compiled(digits, halves)
+def _compiled(digits: int, *, halves: bool) -> MachineCode:
+    from tierstore.formats.fast4_code import write
 
-
-@cache
-def _parallel() -> int:
-    """The address of what runs a function with the threads that torch itself computes with; 0 where these are not
-    OpenMP's.
-
-    Others would compete for the cores with torch's, which spin for a while after each operation.
-    """
-    try:
-        function = ctypes.CDLL(None).GOMP_parallel
-    except AttributeError:
-        return 0
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return MachineCode(write(digits, halves=halves))

@@ -8,9 +8,22 @@ from typing import Any
 from llvmlite import ir
 
 from tierstore.formats.tile64 import HALF
-from tierstore.formats.vector_code import BYTES, F32, FLOATS, I8, I16, I32, I64, INTS, LANES, WORDS, Code
 from tierstore.kernels.int4_matmul.reference import ROWS
 from tierstore.kernels.int8_matmul.reference import PLANES, ZERO_STEP
+from tierstore.kernels.vector_code import (
+    BYTES,
+    F32,
+    FLOATS,
+    I8,
+    I16,
+    I32,
+    I64,
+    INTS,
+    LANES,
+    WORDS,
+    Code,
+    write_carry_out,
+)
 
 STEP = 16
 """Columns whose products are added in 16 bits: 16 * 15 * 128 is below 2 ** 15."""
@@ -38,28 +51,8 @@ def write(planes: int, *, halves: bool) -> ir.Module:
     """A module of ``carry_out``, for int4 (1 plane, input of 1 digit) or int8 (2 and 2), of float32 or, with
     ``halves``, of bfloat16."""
     module = ir.Module(f"fast4_{planes}")
-    _write_carry_out(module, _write_round_groups(module, planes, halves), _write_multiply(module, planes, halves))
+    write_carry_out(module, _write_round_groups(module, planes, halves), _write_multiply(module, planes, halves))
     return module
-
-
-def _write_carry_out(module: ir.Module, round_groups: Any, multiply: Any) -> None:
-    """``carry_out(job, threads, parallel)``: rounds ``x`` and multiplies, with ``threads`` threads of ``parallel``,
-    which has the arguments of ``GOMP_parallel``, or with this one alone where that is 0."""
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer(), I32, I64]), "carry_out")
-    code = Code(module, function)
-    job, threads, parallel = function.args
-    code.call(round_groups, [job])
-    together, alone, end = (function.append_basic_block(name) for name in ("together", "alone", "end"))
-    code.cbranch(code.icmp_unsigned("!=", parallel, code.word(0)), together, alone)
-    code.position_at_end(together)
-    starter = ir.FunctionType(ir.VoidType(), [multiply.type, I64.as_pointer(), I32, I32])
-    code.call(code.pointer(parallel, starter), [multiply, job, threads, ir.Constant(I32, 0)])
-    code.branch(end)
-    code.position_at_end(alone)
-    code.call(multiply, [job])
-    code.branch(end)
-    code.position_at_end(end)
-    code.ret_void()
 
 
 def _write_round_groups(module: ir.Module, digits: int, halves: bool) -> Any:

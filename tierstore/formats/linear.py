@@ -15,7 +15,7 @@ from torch import Tensor
 from tierstore.errors import DeviceError
 from tierstore.formats.bf16 import Bf16
 from tierstore.formats.cpu import arithmetic, choose, int4_tile_rows, packed_product
-from tierstore.formats.fast4 import can_compile, fast_product
+from tierstore.formats.fast4 import fast_product
 from tierstore.formats.format import Format, Parts, matrices_in, matrices_of
 from tierstore.formats.fp4 import Fp4
 from tierstore.formats.fp8 import Fp8
@@ -26,6 +26,7 @@ from tierstore.formats.mxfp4 import MxFp4
 from tierstore.formats.scratch import Scratch
 from tierstore.formats.tables import unpack_rows
 from tierstore.formats.tiles import tiles
+from tierstore.kernels.machine_code import can_compile
 
 __all__ = ["dequantise", "linear", "unpack_rows"]
 

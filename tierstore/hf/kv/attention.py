@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tierstore.errors import ModuleError
-from tierstore.hf.kv.decoding import decodable
+from tierstore.hf.kv.decoding import preferred
 from tierstore.hf.kv.latent import Expansion
 from tierstore.hf.kv.masks import LazyMask, lazily
 from tierstore.hf.kv.paged import attend
@@ -58,7 +58,7 @@ def paged_attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]
         if not (isinstance(key, PagedStates) and isinstance(value, PagedStates) and key.states is value.states):
             return call(module, query, key, value, _whole(attention_mask), scaling=scaling, dropout=0.0, **kwargs)
         state, layer, expansion = cast(CacheState, key.states.source), key.states.layer, key.states.expansion
-        in_place = expansion is None and decodable(state, layer, query, attention_mask) is not None
+        in_place = expansion is None and preferred(state, layer, query, attention_mask)
         into = None if in_place else _room(state, layer, query, attention_mask, original, kwargs, expansion)
         if into is None:
             softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")

@@ -1,4 +1,4 @@
-"""Attention of one query a row over its pages where they lie, as they are packed: by kernels, on CUDA."""
+"""Attention of one query a row over its pages where they lie: by kernels, compiled by Triton or, on a CPU, llvmlite."""
 
 from __future__ import annotations
 
@@ -12,27 +12,40 @@ from torch import Tensor
 from tierstore.hf.kv.masks import LazyMask
 from tierstore.hf.kv.sources import Places, Source
 from tierstore.hf.kv.state import CacheState
+from tierstore.kernels.machine_code import can_compile
 from tierstore.kernels.paged_attention.partial import Partial, combine
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of models that kernels take."""
+_WAVES = 64
+"""So many parts wait to be added up at once."""
 
 
 def kernels_for(device: torch.device) -> Any:
-    """The module of kernels for ``device``, with ``decode`` and ``decode_raw``; None without CUDA or Triton."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return None
-    from tierstore.kernels.paged_attention import triton
+    """The module of kernels for ``device``, with ``decode_raw``, ``combine`` and perhaps ``decode``; None where nothing
+    is there to compile them."""
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from tierstore.kernels.paged_attention import triton
 
-    return triton
+        return triton
+    if device.type == "cpu" and can_compile():
+        from tierstore.kernels.paged_attention import compiled
+
+        return compiled
+    return None
 
 
 def decodable(state: CacheState, layer: int, query: Tensor, mask: Tensor | None) -> list[int] | None:
     """The first position that each row's one query sees, when it sees all from there on; else, or where there are no
-    kernels, None."""
+    kernels for its pages, None."""
     passing = state.passing_of(layer)
     columns = passing.columns
-    if query.shape[2] != 1 or query.dtype not in DTYPES or not columns.trusted or kernels_for(query.device) is None:
+    if query.shape[2] != 1 or query.dtype not in DTYPES or not columns.trusted:
+        return None
+    kernels, cells = kernels_for(query.device), state.kind_of(layer).cells
+    if kernels is None or not kernels.fits(cells.shape.key_dim, cells.shape.value_dim):
+        return None
+    if cells.raw_dtype is None and not hasattr(kernels, "decode"):
         return None
     window = math.inf if mask is None else mask.window if isinstance(mask, LazyMask) else None
     if window is None:
@@ -41,29 +54,38 @@ def decodable(state: CacheState, layer: int, query: Tensor, mask: Tensor | None)
     return [columns.positions_before(row, first) for row in range(query.shape[0])]
 
 
+def preferred(state: CacheState, layer: int, query: Tensor, mask: Tensor | None) -> bool:
+    """Whether kernels answer even where pages could be gathered. On a CPU these give the numbers of the plain model."""
+    kernels = kernels_for(query.device)
+    return kernels is not None and kernels.PREFERRED and decodable(state, layer, query, mask) is not None
+
+
 def decode(
     state: CacheState, layer: int, query: Tensor, starts: list[int], scale: float, softcap: float | None
 ) -> Partial:
     """Attention of ``query`` [B, Hq, 1, key_dim] over the positions from ``starts`` on, of each row."""
     kernels, cells = kernels_for(query.device), state.kind_of(layer).cells
     shape, form = cells.shape, cells.form
-    total: Partial | None = None
+    options: dict[str, Any] = {"heads": shape.heads, "value_dim": shape.value_dim, "scale": scale, "softcap": softcap}
+    whole: list[Partial] = []
+    found: list[Any] = []
     for source in state.reader(layer).sources(layer):
         places = source.places()
         keys, values, spans = _tables(state, layer, source, places, starts)
-        options: dict[str, Any] = {"heads": shape.heads, "value_dim": shape.value_dim, "scale": scale}
-        options["softcap"] = softcap
         if source.packed and cells.raw_dtype is None:
-            options |= {"kv_format": form.name, "page_tokens": shape.page_tokens}
-            found = kernels.decode(form.rotate_query(query), places.buffer, keys, spans, **options)
-            found = Partial(form.unrotate_output(found[0]), found[1])
+            how = options | {"kv_format": form.name, "page_tokens": shape.page_tokens}
+            part = kernels.decode(form.rotate_query(query), places.buffer, keys, spans, **how)
+            found.append(Partial(form.unrotate_output(part[0]), part[1]))
         else:
-            dtype = cells.raw_dtype if source.packed else cells.dtype
-            options |= {"dtype": dtype, "piece_tokens": places.piece_tokens}
-            found = Partial(*kernels.decode_raw(query, places.buffer, keys, values, spans, **options))
-        total = found if total is None else combine([total, found])
-    assert total is not None, "the query's own token is in a page"
-    return total
+            how = options | {"dtype": cells.raw_dtype if source.packed else cells.dtype}
+            how["piece_tokens"] = places.piece_tokens
+            found.append(kernels.decode_raw(query, places.buffer, keys, values, spans, **how))
+        if len(found) == _WAVES:
+            whole, found = [*whole, kernels.combine(found)], []
+    if found:
+        whole.append(kernels.combine(found))
+    assert whole, "the query's own token is in a page"
+    return combine(whole)
 
 
 def _tables(
@@ -71,23 +93,23 @@ def _tables(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row, the bytes at which its pieces start, keys and values, int64 [B, n], and which of the tokens in
     them its query sees, int32 [B, 2]."""
-    passing, size = state.passing_of(layer), state.kind_of(layer).cells.shape.page_tokens
-    names = passing.closed + passing.unclosed
-    number = {page: i for i, page in enumerate(source.pages)}
+    size, lengths = state.kind_of(layer).cells.shape.page_tokens, state.passing_of(layer).columns.lengths
+    reader = state.reader(layer)
+    mine: list[list[tuple[int, int]]] = [[] for _ in starts]
+    for number, page in enumerate(source.pages):
+        readers, index = reader.readers_of(page)
+        for row in readers:
+            if (index + 1) * size > starts[row] and index * size < lengths[row]:
+                mine[row].append((index, number))
     rows: list[tuple[list[int], list[int]]] = []
     spans = []
-    for row, slots in enumerate(passing.slots):
-        start, length = starts[row], passing.columns.lengths[row]
-        indices = [
-            index
-            for index, slot in enumerate(slots, passing.first_index[row])
-            if names[slot] in number and (index + 1) * size > start and index * size < length
-        ]
-        mine = [number[names[slots[index - passing.first_index[row]]]] for index in indices]
-        rows.append(tuple([at for i in mine for at in part[i]] for part in (places.keys, places.values)))  # type: ignore[arg-type]
-        if indices:
-            last = (len(indices) - 1) * size
-            spans.append([max(start - indices[0] * size, 0), last + min(length - indices[-1] * size, size)])
+    for row, pages in enumerate(mine):
+        pages.sort()
+        rows.append(tuple([at for _, i in pages for at in part[i]] for part in (places.keys, places.values)))  # type: ignore[arg-type]
+        if pages:
+            (first, _), (end, _) = pages[0], pages[-1]
+            last = (len(pages) - 1) * size
+            spans.append([max(starts[row] - first * size, 0), last + min(lengths[row] - end * size, size)])
         else:
             spans.append([0, 0])
     longest = max(1, *(len(keys) for keys, _ in rows))

@@ -85,8 +85,7 @@ class Reader:
     def groups(self, layer: int, room: Room, most: int) -> Iterator[Group]:
         """All pages by who reads them, at most ``most`` pages at a time, in ``room`` or where they are unpacked to: a
         step on may overwrite the last group."""
-        if not self._index_of:
-            self._learn()
+        self._learn()
         for source in self.sources(layer):
             alone: dict[int, list[int]] = {}
             together: dict[tuple[int, ...], list[int]] = {}
@@ -113,7 +112,14 @@ class Reader:
         indices = tuple(tuple(self._index_of[source.pages[pick]] for pick in each) for each in picks)
         return Group(rows, indices, keys, values, source.packed)
 
+    def readers_of(self, page: int) -> tuple[tuple[int, ...], int]:
+        """The rows that read a page, and its index in each of them."""
+        self._learn()
+        return self._rows_of.get(page, ()), self._index_of.get(page, 0)
+
     def _learn(self) -> None:
+        if self._index_of:
+            return
         names = self._pass.closed + self._pass.unclosed
         rows_of: dict[int, list[int]] = {}
         for r, slots in enumerate(self._pass.slots):

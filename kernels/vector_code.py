@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,9 +54,11 @@ class Code(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         self.store(value, self.bitcast(self.gep(pointer, [at]), value.type.as_pointer())).align = 1
 
     def read_floats(self, pointer: Any, at: Any) -> Any:
-        """8 values of float32, or of bfloat16, which is the upper half of it."""
+        """8 values of float32, of float16, or of bfloat16, which is the upper half of float32."""
         if pointer.type.pointee is F32:
             return self.read(FLOATS, pointer, at)
+        if isinstance(pointer.type.pointee, ir.HalfType):
+            return self.fpext(self.read(ir.VectorType(pointer.type.pointee, LANES), pointer, at), FLOATS)
         halves = self.zext(self.read(ir.VectorType(I16, LANES), pointer, at), INTS)
         return self.bitcast(self.shl(halves, self.all_of(INTS, 16)), FLOATS)
 
@@ -95,6 +97,20 @@ class Code(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         bits = self.add(bits, self.add(odd, self.all_of(INTS, 0x7FFF)))
         return self.bitcast(self.and_(bits, self.all_of(INTS, -0x10000)), FLOATS)
 
+    def reduced(self, vectors: Sequence[Any]) -> Any:
+        """The sum of all their elements, halves of them at a time."""
+        whole, *others = vectors
+        for other in others:
+            whole = self.fadd(whole, other)
+        while whole.type.count > 1:
+            whole = self.fadd(self.half(whole, 0), self.half(whole, 1))
+        return self.extract_element(whole, ir.Constant(I32, 0))
+
+    def alloca_once(self, type_: Any) -> Any:
+        """Room for a value, taken when the function is entered, and not again in a loop."""
+        with self.goto_entry_block():
+            return self.alloca(type_)
+
     def intrinsic(self, name: str, type_: Any, *arguments: Any) -> Any:
         return self.call_named(f"{name}.v{LANES}f32", type_, *arguments)
 
@@ -117,3 +133,25 @@ class Code(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         number.add_incoming(following, self.block)
         self.cbranch(self.icmp_unsigned("<", following, stop), body, after)
         self.position_at_end(after)
+
+
+def write_carry_out(module: ir.Module, first: Any | None, work: Any) -> None:
+    """``carry_out(job, threads, parallel)``: ``first(job)`` if there is such a function, then ``work(job)`` in
+    ``threads`` threads of ``parallel``, which has the arguments of ``GOMP_parallel``, or in this one alone where that
+    is 0."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer(), I32, I64]), "carry_out")
+    code = Code(module, function)
+    job, threads, parallel = function.args
+    if first is not None:
+        code.call(first, [job])
+    together, alone, end = (function.append_basic_block(name) for name in ("together", "alone", "end"))
+    code.cbranch(code.icmp_unsigned("!=", parallel, code.word(0)), together, alone)
+    code.position_at_end(together)
+    starter = ir.FunctionType(ir.VoidType(), [work.type, I64.as_pointer(), I32, I32])
+    code.call(code.pointer(parallel, starter), [work, job, threads, ir.Constant(I32, 0)])
+    code.branch(end)
+    code.position_at_end(alone)
+    code.call(work, [job])
+    code.branch(end)
+    code.position_at_end(end)
+    code.ret_void()
