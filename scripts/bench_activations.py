@@ -125,7 +125,7 @@ def rows_of(figures: dict[str, dict[int, dict[str, Any]]], bound: int) -> list[R
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bound", type=nbytes, default=64 << 20, help="of activations (default: 64MiB)")
+    parser.add_argument("--bound", type=nbytes, default=32 << 20, help="of activations (default: 32MiB)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch (default: every core)")
     parser.add_argument("--out", type=Path, help="write table and JSON here too")
     parser.add_argument("--smoke", action="store_true", help="short prompts: does it all run?")
