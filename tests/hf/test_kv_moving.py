@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.edges.interpreter import Interpreter
 from tests.hf.batches import greedy, some_tokens, token_model
 from tests.hf.paged import decoder, generated, left_padded, paged, prompt, smallest
+from tierstore.backends import backend_for
 from tierstore.hf.kv import cells, moving
 
 KV: dict[str, Any] = {"kv_hbm": 1 << 20}
@@ -104,6 +105,21 @@ def test_a_batch_generates_the_same(format: str | None, movers: Movers, monkeypa
     assert found[0][0] == found[1][0]
     assert all(map(torch.equal, found[0][1], found[1][1]))
     assert movers.calls["scatter"]
+
+
+@pytest.mark.cuda
+def test_on_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = decoder("MistralForCausalLM").cuda(), []
+    given = {name: each.cuda() for name, each in ROWS.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "movers_for", lambda device: None)
+        with paged(model, backend=backend_for("cuda"), **KV):
+            found.append(generated(model, new=4, **given))
+    with paged(model, backend=backend_for("cuda"), **KV) as made:
+        assert all(kind.cells.movers for kind in made.memory.kinds)
+        found.append(generated(model, new=4, **given))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(map(torch.equal, found[0][1], found[1][1]))
 
 
 def test_without_triton_torch_moves(monkeypatch: pytest.MonkeyPatch) -> None:
