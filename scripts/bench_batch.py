@@ -55,7 +55,7 @@ class Bench:
         self._folder: Path = chosen.checkpoint or scratch / "checkpoint"
         self._sizes = SMOKE_SIZES if smoke else tuple(chosen.sizes)
         cap = None if smoke or chosen.no_cap else chosen.cap
-        self._children = Children(cap, timeout_seconds=60 if smoke else chosen.timeout)
+        self._children = Children(cap, timeout_seconds=60 if smoke else chosen.timeout, quick=smoke)
         both = self.shape.nbytes() // 2 if smoke else chosen.hbm or chosen.cap - HEADROOM_NBYTES
         self._kv_hbm = 4 << 20 if smoke else chosen.kv_hbm
         self.hbm = both if smoke else both - self._kv_hbm
@@ -64,16 +64,17 @@ class Bench:
 
     def run(self) -> None:
         """Everything that was asked for."""
-        if {"batch", "accelerate"}.intersection(self._parts):
-            say(f"checkpoint of {format_nbytes(self.shape.nbytes())} in {self._folder}")
-            make_checkpoint(self._folder, self.shape)
-            make_words(self._folder, self.shape.vocab)
-        if "batch" in self._parts:
-            self._batches()
-        if "accelerate" in self._parts:
-            self._accelerate()
-        if "drafts" in self._parts:
-            self._drafts()
+        with self._children:
+            if {"batch", "accelerate"}.intersection(self._parts):
+                say(f"checkpoint of {format_nbytes(self.shape.nbytes())} in {self._folder}")
+                make_checkpoint(self._folder, self.shape)
+                make_words(self._folder, self.shape.vocab)
+            if "batch" in self._parts:
+                self._batches()
+            if "accelerate" in self._parts:
+                self._accelerate()
+            if "drafts" in self._parts:
+                self._drafts()
 
     def _batches(self) -> None:
         rates: dict[int, float] = {}

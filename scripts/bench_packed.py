@@ -48,23 +48,24 @@ class Bench:
         self._scratch = scratch
         self._smoke = smoke
         cap = None if smoke or chosen.no_cap else chosen.cap
-        self._children = Children(cap, timeout_seconds=60 if smoke else chosen.timeout)
+        self._children = Children(cap, timeout_seconds=60 if smoke else chosen.timeout, quick=smoke)
         self.hbm: int = self.shape.nbytes() // 4 if smoke else chosen.hbm
         self._job = Job("", str(self._folder), chosen.threads, hbm=self.hbm, groups=1 if smoke else 2)
 
     def run(self) -> None:
         """Everything, in order."""
-        say(f"checkpoint of {format_nbytes(self.shape.nbytes())} in {self._folder}")
-        make_checkpoint(self._folder, self.shape)
-        stores = {form: self._packed(form) for form in self._formats}
-        ways = {"unpacked": self._folder, **stores}
-        found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
-        for _ in range(1 if self._smoke else ROUNDS):
-            for way, folder in ways.items():
-                found[way].append(self._measure(f"decode {way}", kind="tierstore_decode", checkpoint=str(folder)))
-        self._decode_rows(found)
-        if "int4" in stores:
-            self._fitting(stores["int4"])
+        with self._children:
+            say(f"checkpoint of {format_nbytes(self.shape.nbytes())} in {self._folder}")
+            make_checkpoint(self._folder, self.shape)
+            stores = {form: self._packed(form) for form in self._formats}
+            ways = {"unpacked": self._folder, **stores}
+            found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+            for _ in range(1 if self._smoke else ROUNDS):
+                for way, folder in ways.items():
+                    found[way].append(self._measure(f"decode {way}", kind="tierstore_decode", checkpoint=str(folder)))
+            self._decode_rows(found)
+            if "int4" in stores:
+                self._fitting(stores["int4"])
 
     def _packed(self, form: str) -> Path:
         out = self._scratch / form

@@ -45,9 +45,8 @@ class Bench:
         self._smoke = smoke
         self._scratch = scratch
         self._folder: Path = chosen.checkpoint or scratch / "checkpoint"
-        self._children = Children(
-            None if smoke or chosen.no_cap else chosen.cap, timeout_seconds=60 if smoke else chosen.timeout
-        )
+        cap = None if smoke or chosen.no_cap else chosen.cap
+        self._children = Children(cap, timeout_seconds=60 if smoke else chosen.timeout, quick=smoke)
         self.hbm = self.shape.nbytes() // 2 if smoke else chosen.hbm or chosen.cap - HEADROOM_NBYTES
         self._job = Job("", str(self._folder), threads=chosen.threads, hbm=self.hbm, groups=chosen.groups)
         self._fio = disk.has_fio() and not smoke
@@ -55,12 +54,13 @@ class Bench:
 
     def run(self) -> None:
         """Everything that was asked for."""
-        say(f"checkpoint of {format_nbytes(self.shape.nbytes())} in {self._folder}")
-        make_checkpoint(self._folder, self.shape)
-        if {"decode", "prefill", "accelerate"}.intersection(self.parts):
-            self._decode()
-        if "fits" in self.parts:
-            self._try(self._fits)
+        with self._children:
+            say(f"checkpoint of {format_nbytes(self.shape.nbytes())} in {self._folder}")
+            make_checkpoint(self._folder, self.shape)
+            if {"decode", "prefill", "accelerate"}.intersection(self.parts):
+                self._decode()
+            if "fits" in self.parts:
+                self._try(self._fits)
 
     def _try(self, part: Callable[[], None]) -> None:
         """A part that fails leaves a row, and the figures of the others stand."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
+Smoke = Callable[..., str]
 SHAPE = ["--hidden=64", "--layers=3", "--ffn=96", "--heads=4", "--kv-heads=2", "--vocab=128"]
 
 
@@ -24,6 +28,24 @@ def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, env=environment)
 
 
+@pytest.fixture
+def smoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Smoke]:
+    """Runs a bench on tiny sizes, here, where torch is imported already: what it printed, if it ended well."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def smoke(bench: str, *arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", [bench, "--smoke", "--threads=1", *map(str, arguments)])
+        status = import_module(bench).main()
+        said = capsys.readouterr()
+        assert not status, said.out + said.err
+        return said.out
+
+    at_term = signal.getsignal(signal.SIGTERM)
+    yield smoke
+    signal.signal(signal.SIGTERM, at_term)
+
+
 def make(folder: Path, *arguments: str) -> dict[str, bytes]:
     """The files of a checkpoint made anew."""
     done = run("make_checkpoint.py", folder, *SHAPE, *arguments)
@@ -31,11 +53,10 @@ def make(folder: Path, *arguments: str) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_smoke_run_measures_everything(tmp_path: Path) -> None:
-    done = run("bench_streaming.py", "--smoke", "--threads=1", "--out", tmp_path / "out.txt")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out.txt").read_text() == done.stdout
-    table, _, line = done.stdout.rstrip("\n").rpartition("\n\n")
+def test_smoke_run_measures_everything(tmp_path: Path, smoke: Smoke) -> None:
+    printed = smoke("bench_streaming", "--out", tmp_path / "out.txt")
+    assert (tmp_path / "out.txt").read_text() == printed
+    table, _, line = printed.rstrip("\n").rpartition("\n\n")
     assert "decode: wall per token" in table
     said: dict[str, Any] = json.loads(line)
     exact = [what for what, met in said["goals"].items() if "equal" in what and met]
@@ -47,10 +68,9 @@ def test_smoke_run_measures_everything(tmp_path: Path) -> None:
     assert said["figures"]["accelerate_decode"]["modules_on_disk"] > 0
 
 
-def test_smoke_run_of_packed_models(tmp_path: Path) -> None:
-    done = run("bench_packed.py", "--smoke", "--threads=1", "--formats", "int4", "--out", tmp_path / "out.txt")
-    assert done.returncode == 0, done.stderr
-    table, _, line = done.stdout.rstrip("\n").rpartition("\n\n")
+def test_smoke_run_of_packed_models(tmp_path: Path, smoke: Smoke) -> None:
+    printed = smoke("bench_packed", "--formats", "int4", "--out", tmp_path / "out.txt")
+    table, _, line = printed.rstrip("\n").rpartition("\n\n")
     assert "int4: times faster" in table
     figures: dict[str, Any] = json.loads(line)["figures"]
     unpacked, packed = figures["decode unpacked"][0], figures["decode int4"][0]
@@ -65,12 +85,11 @@ def test_lossless_codecs_give_the_weights_back() -> None:
     assert len(re.findall(r"0\.\d{3} of the bytes", done.stdout)) == 4
 
 
-def test_smoke_run_of_accuracy(tmp_path: Path) -> None:
+def test_smoke_run_of_accuracy(tmp_path: Path, smoke: Smoke) -> None:
     out = tmp_path / "out.txt"
-    done = run("bench_quantization.py", "--smoke", "--threads=1", "--formats", "int8", "int4", "--out", out)
-    assert done.returncode == 0, done.stderr
-    table, _, line = done.stdout.rstrip("\n").rpartition("\n\n")
-    assert out.read_text() == done.stdout
+    printed = smoke("bench_quantization", "--formats", "int8", "int4", "--out", out)
+    table, _, line = printed.rstrip("\n").rpartition("\n\n")
+    assert out.read_text() == printed
     said: dict[str, Any] = json.loads(line)
     figures = said["figures"]
     assert list(figures) == [row.split("  ")[0] for row in table.splitlines()[2 : 2 + len(figures)]]
@@ -84,12 +103,11 @@ def test_smoke_run_of_accuracy(tmp_path: Path) -> None:
     assert said["goals"]["int4: relative error on normal weights"]
 
 
-def test_smoke_run_of_activations(tmp_path: Path) -> None:
+def test_smoke_run_of_activations(tmp_path: Path, smoke: Smoke) -> None:
     out = tmp_path / "out.txt"
-    done = run("bench_activations.py", "--smoke", "--threads=1", "--bound=2MiB", "--out", out)
-    assert done.returncode == 0, done.stderr
-    assert out.read_text() == done.stdout
-    table, _, line = done.stdout.rstrip("\n").rpartition("\n\n")
+    printed = smoke("bench_activations", "--bound=2MiB", "--out", out)
+    assert out.read_text() == printed
+    table, _, line = printed.rstrip("\n").rpartition("\n\n")
     said: dict[str, Any] = json.loads(line)
     peaks = {way: [one["peak_nbytes"] for one in found.values()] for way, found in said["figures"].items()}
     assert len(peaks) == 3
@@ -101,10 +119,9 @@ def test_smoke_run_of_activations(tmp_path: Path) -> None:
     assert all(met for what, met in said["goals"].items() if "highest peak" in what)
 
 
-def test_smoke_run_of_batches(tmp_path: Path) -> None:
-    done = run("bench_batch.py", "--smoke", "--threads=1", "--out", tmp_path / "out.txt")
-    assert done.returncode == 0, done.stderr
-    table, _, line = done.stdout.rstrip("\n").rpartition("\n\n")
+def test_smoke_run_of_batches(tmp_path: Path, smoke: Smoke) -> None:
+    printed = smoke("bench_batch", "--out", tmp_path / "out.txt")
+    table, _, line = printed.rstrip("\n").rpartition("\n\n")
     said: dict[str, Any] = json.loads(line)
     assert "Accelerate disk offload, batch of 2" in table
     assert said["goals"]["drafts auto: texts equal"]
@@ -115,10 +132,9 @@ def test_smoke_run_of_batches(tmp_path: Path) -> None:
     assert said["figures"]["everything in memory"]["streamed_nbytes"] == 0
 
 
-def test_smoke_run_of_kills(tmp_path: Path) -> None:
-    done = run("bench_kills.py", "--smoke", "--threads=1", "--folder", tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+def test_smoke_run_of_kills(tmp_path: Path, smoke: Smoke) -> None:
+    printed = smoke("bench_kills", "--folder", tmp_path)
+    said: dict[str, Any] = json.loads(printed.splitlines()[-1])
     assert len(said["moments"]) == 1
     assert said["goals"]["job 0: lost, twice, with another text"]
     assert not list(tmp_path.iterdir())
@@ -182,10 +198,9 @@ def test_without_memory_cgroups_a_cap_is_refused(tmp_path: Path, monkeypatch: py
         pass
 
 
-def test_smoke_run_of_kv(tmp_path: Path) -> None:
-    done = run("bench_kv.py", "--smoke", "--threads=1", "--folder", tmp_path, "--out", tmp_path / "out.txt")
-    assert done.returncode == 0, done.stderr
-    table, _, line = done.stdout.rstrip("\n").rpartition("\n\n")
+def test_smoke_run_of_kv(tmp_path: Path, smoke: Smoke) -> None:
+    printed = smoke("bench_kv", "--folder", tmp_path, "--out", tmp_path / "out.txt")
+    table, _, line = printed.rstrip("\n").rpartition("\n\n")
     assert "wall / max(compute, transfer)" in table
     figures: dict[str, Any] = json.loads(line)["figures"]
     assert figures["kv"]["nvme_nbytes"] > 0.8 * figures["full_pages_nbytes"]
@@ -194,12 +209,11 @@ def test_smoke_run_of_kv(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out.txt"]
 
 
-def test_smoke_run_of_kv_accuracy(tmp_path: Path) -> None:
+def test_smoke_run_of_kv_accuracy(tmp_path: Path, smoke: Smoke) -> None:
     out = tmp_path / "out.txt"
-    done = run("bench_kv_accuracy.py", "--smoke", "--threads=1", "--formats", "plain", "int8", "int4", "--out", out)
-    assert done.returncode == 0, done.stderr
-    table, _, line = done.stdout.rstrip("\n").rpartition("\n\n")
-    assert out.read_text() == done.stdout
+    printed = smoke("bench_kv_accuracy", "--formats", "plain", "int8", "int4", "--out", out)
+    table, _, line = printed.rstrip("\n").rpartition("\n\n")
+    assert out.read_text() == printed
     assert "int4: mean KL" in table
     figures: dict[str, Any] = json.loads(line)["figures"]
     assert figures["plain"]["kl"] == 0

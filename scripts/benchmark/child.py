@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from benchmark.cap import Hierarchy, MemoryCap, drop_caches
-from benchmark.job import PAUSE, Job
+from benchmark.job import DONE, FORK, PAUSE, Job
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 _JOIN = 'echo $$ > "$0" && exec "$@"'
@@ -30,85 +31,119 @@ class ChildError(RuntimeError):
 
 
 class Children:
-    """Runs jobs one at a time. With ``cap_nbytes`` caches are dropped first, and jobs may ask for the cap."""
+    """Runs jobs one at a time, each in a process of its own. With ``cap_nbytes`` caches are dropped first, and jobs may
+    ask for the cap. ``quick`` processes are forked from one that has imported everything, which ends when this is
+    closed: for runs whose figures do not count."""
 
-    def __init__(self, cap_nbytes: int | None, *, timeout_seconds: float) -> None:
+    def __init__(self, cap_nbytes: int | None, *, timeout_seconds: float, quick: bool = False) -> None:
+        if quick and cap_nbytes is not None:
+            raise ValueError("a forked process cannot be capped from its start: give cap_nbytes or quick")
         self._cap_nbytes = cap_nbytes
         self._hierarchy = Hierarchy.found() if cap_nbytes is not None else None
         self._timeout_seconds = timeout_seconds
+        self._quick = quick
+        self._forking: _Process | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._forking is not None:
+            self._forking.close()
 
     def run(self, job: Job, *, capped: bool, on_pause: Callable[[], None]) -> dict[str, Any]:
         """What the job measured; with a cap also ``cgroup_peak_nbytes``. Raises ``ChildError``."""
+        command = [sys.executable, "-m", "benchmark.jobs"]
+        if self._quick:
+            self._forking = self._forking or _Process([*command, FORK], job.threads)
+            try:
+                return self._forking.run(job, self._timeout_seconds, on_pause)
+            except ChildError:
+                self._forking.close()
+                self._forking = None
+                raise
         with ExitStack() as closing:
             cap: MemoryCap | None = None
             if self._hierarchy is not None and self._cap_nbytes is not None:
                 drop_caches()
                 if capped:
                     cap = closing.enter_context(MemoryCap(self._cap_nbytes, self._hierarchy))
-            command = [sys.executable, "-m", "benchmark.jobs"]
             if cap is not None:
                 command = ["sh", "-c", _JOIN, str(cap.processes), *command]
-            result = _run(command, job, self._timeout_seconds, on_pause)
+            process = _Process(command, job.threads)
+            closing.callback(process.close)
+            result = process.run(job, self._timeout_seconds, on_pause)
             if cap is not None:
                 result["cgroup_peak_nbytes"] = cap.peak_nbytes()
             return result
 
 
-def _run(command: list[str], job: Job, timeout_seconds: float, on_pause: Callable[[], None]) -> dict[str, Any]:
-    with tempfile.TemporaryFile("w+") as complaints:
-        child = subprocess.Popen(
+class _Process:
+    """One of ``benchmark.jobs``: it has done its job when it ends, or when it says ``DONE``."""
+
+    def __init__(self, command: list[str], threads: int) -> None:
+        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process is)
+        self._child = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=complaints,
+            stderr=self._complaints,
             text=True,
-            env=_environment(job.threads),
+            env=_environment(threads),
             process_group=0,
         )
+
+    def run(self, job: Job, timeout_seconds: float, on_pause: Callable[[], None]) -> dict[str, Any]:
+        """What the job measured. Raises ``ChildError``."""
         late = threading.Event()
 
         def end_late() -> None:
             late.set()
-            _kill(child)
+            self._kill()
 
         timer = threading.Timer(timeout_seconds, end_late)
         timer.start()
         try:
-            last = _talk(child, job, on_pause)
-            child.wait()
+            last, status = self._talk(job, on_pause)
         finally:
             timer.cancel()
-            _kill(child)
-            child.communicate()
         if late.is_set():
             raise ChildError(f"{job.kind} took more than {timeout_seconds:.0f} s and was ended")
-        if child.returncode < 0:
-            raise ChildError(f"{job.kind} was killed by {signal.Signals(-child.returncode).name}")
-        if child.returncode:
-            complaints.seek(0)
-            raise ChildError(f"{job.kind} ended with status {child.returncode}:\n{complaints.read()[-4000:]}")
-    result: dict[str, Any] = json.loads(last)
-    return result
+        if status < 0:
+            raise ChildError(f"{job.kind} was killed by {signal.Signals(-status).name}")
+        if status:
+            self._complaints.seek(0)
+            raise ChildError(f"{job.kind} ended with status {status}:\n{self._complaints.read()[-4000:]}")
+        result: dict[str, Any] = json.loads(last)
+        return result
 
+    def close(self) -> None:
+        """Kill it, and what it forked."""
+        self._kill()
+        self._child.communicate()
+        self._complaints.close()
 
-def _talk(child: subprocess.Popen[str], job: Job, on_pause: Callable[[], None]) -> str:
-    """Hand the job over and answer pauses; the last line that the child said."""
-    assert child.stdin is not None
-    assert child.stdout is not None
-    last = ""
-    with suppress(BrokenPipeError):  # a child that dies says why elsewhere
-        print(json.dumps(asdict(job)), file=child.stdin, flush=True)
-        for line in child.stdout:
-            last = line
-            if line.rstrip() == PAUSE:
-                on_pause()
-                print(file=child.stdin, flush=True)
-    return last
+    def _talk(self, job: Job, on_pause: Callable[[], None]) -> tuple[str, int]:
+        """Hand the job over and answer pauses; the last line that the job said, and its status."""
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        last = ""
+        with suppress(BrokenPipeError):  # a child that dies says why elsewhere
+            print(json.dumps(asdict(job)), file=self._child.stdin, flush=True)
+            for line in self._child.stdout:
+                if line.rstrip() == DONE:
+                    return last, 0
+                last = line
+                if line.rstrip() == PAUSE:
+                    on_pause()
+                    print(file=self._child.stdin, flush=True)
+        return last, self._child.wait()
 
-
-def _kill(child: subprocess.Popen[str]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
 
 
 def _environment(threads: int) -> Mapping[str, str]:

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 PAUSE = "PAUSE"
 """Said by a child that waits until something else has been measured."""
+FORK = "fork"
+"""Tells ``benchmark.jobs`` to fork a process for each job that it reads."""
+DONE = "DONE"
+"""Said by it after each of them."""
 
 
 @dataclass(frozen=True)

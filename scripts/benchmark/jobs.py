@@ -1,15 +1,20 @@
-"""What is measured, each in a process of its own: reads a job on stdin, prints what it found as a line of JSON."""
+"""What is measured, each in a process of its own: reads a job on stdin, prints what it found as a line of JSON.
+
+With the argument ``fork`` it reads jobs until stdin ends, and forks a process for each of them.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from importlib import import_module
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +28,7 @@ import tierstore.hf.checkpoint  # which load would import
 import tierstore.packing
 from benchmark import batches, llama_cpp
 from benchmark.decoding import Step, decode, prefill, prompt_of
-from benchmark.job import PAUSE, Job
+from benchmark.job import DONE, FORK, PAUSE, Job
 from tierstore import Budget
 
 IMPORT_SECONDS = time.time() - psutil.Process().create_time()
@@ -245,10 +250,33 @@ def _pause() -> None:
     sys.stdin.readline()
 
 
-def main() -> None:
-    job = Job(**json.loads(sys.stdin.readline()))
+def _do(line: str) -> None:
+    job = Job(**json.loads(line))
     torch.set_num_threads(job.threads)
-    print(json.dumps(JOBS[job.kind](job)))
+    print(json.dumps(JOBS[job.kind](job)), flush=True)
+
+
+def _fork(line: str) -> None:
+    """Do the job in a process that begins with what is imported here. One that fails ends this one."""
+    child = os.fork()
+    if not child:
+        _do(line)
+        sys.exit()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status < 0:
+        os.kill(os.getpid(), -status)
+    if status:
+        sys.exit(status)
+    print(DONE, flush=True)
+
+
+def main() -> None:
+    if sys.argv[1:] != [FORK]:
+        _do(sys.stdin.readline())
+        return
+    import_module("transformers.models.llama.modeling_llama")  # which jobs would import
+    for line in iter(sys.stdin.readline, ""):
+        _fork(line)
 
 
 if __name__ == "__main__":
