@@ -45,7 +45,11 @@ class PlanError(BudgetError):
 
 
 class CapacityError(TierstoreError, MemoryError):
-    """One operation needs more bytes at once than its tier may hold."""
+    """One operation needs more bytes at once than its tier may hold; ``of_pages`` where these are a KV cache's."""
+
+    def __init__(self, message: str = "", *, of_pages: bool = False) -> None:
+        super().__init__(message)
+        self.of_pages = of_pages
 
 
 class StoreError(TierstoreError, OSError):

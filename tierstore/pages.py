@@ -224,9 +224,13 @@ class PageTable:
         """Pages that can be had: free ones, and kept ones that nobody holds."""
         return self._unheld + len(self._kept)
 
+    def users(self, page: int) -> int:
+        """How many sequences hold ``page``."""
+        return self._users[page] if 0 <= page < len(self._users) else 0
+
     def shared(self, page: int) -> bool:
         """Whether several sequences hold ``page``."""
-        return 0 <= page < len(self._users) and self._users[page] > 1
+        return self.users(page) > 1
 
     def reclaim(self, count: int) -> int:
         """Give up the ``count`` pages that were kept for the longest time, or all that are kept; how many it were."""
@@ -261,7 +265,8 @@ class PageTable:
         if count > self.available:
             raise CapacityError(
                 f"sequence {sequence} needs {count} more pages of {self.page_tokens} tokens, {self.available} of "
-                f"{self.capacity} are available: end other sequences, shorten the prompt, or raise the budget for KV"
+                f"{self.capacity} are available: end other sequences, shorten the prompt, or raise the budget for KV",
+                of_pages=True,
             )
         pages = []
         for _ in range(count):

@@ -279,7 +279,8 @@ class Pager:
             if tried or spill.failure is None or not within_reach:
                 raise CapacityError(
                     f"{what} needs {frames} frames of {self._plan.frame_nbytes} bytes, {hbm.free} of {hbm.count} are "
-                    "free and no cell can go down: end sequences, or raise Budget.kv_hbm or what is below it"
+                    "free and no cell can go down: end sequences, or raise Budget.kv_hbm or what is below it",
+                    of_pages=True,
                 ) from spill.failure
             tried, spill.failure = True, None  # a store that was full may have room by now
 

@@ -86,10 +86,13 @@ class Call:
             given["logits_to_keep"] = max(stop - max(start, self.length - self.kept_logits), 1)
         return replace(self, given=given)
 
-    def parts(self, most: int) -> Iterator[Call]:
-        """Calls of at most ``most`` tokens each; each when the one before is done."""
-        for start in range(0, self.length, most):
-            yield self.part(start, min(start + most, self.length))
+    def parts(self, most: Callable[[], int]) -> Iterator[Call]:
+        """Calls of at most ``most()`` tokens each, as it is when the one before is done."""
+        start = 0
+        while start < self.length:
+            stop = min(start + most(), self.length)
+            yield self.part(start, stop)
+            start = stop
 
     def joined(self, outputs: Sequence[Any]) -> Any:
         """The output of the whole call, from those of its parts in order."""

@@ -11,13 +11,13 @@ does so around all stages.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, MutableSequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tierstore.binding.baton import uninterleaved
 from tierstore.binding.forwards import interpose, withdraw
@@ -126,11 +126,13 @@ class KvGeneration:
         cache.reset()
         if getattr(config, "is_assistant", False):
             cache.activate_past_recording()
+        cache.state.goal = _goal(args, kwargs, option)
         self._generating += 1
         try:
             found = generate(*args, **kwargs, **{name: cache})
         finally:
             self._generating -= 1
+            cache.state.goal = 0
         cache.state.finish()
         cache.state.seal()
         return found
@@ -150,7 +152,13 @@ class KvGeneration:
         go_on: GoOn = _called
         for stage in self._stages:
             go_on = partial(stage, go_on)
-        return go_on(call)
+        rows, columns = call.batch, cache.state.rows.columns + call.length
+        try:
+            return go_on(call)
+        except CapacityError as error:
+            if not error.of_pages:
+                raise
+            raise CapacityError(f"{error}{cache.state.enough(rows, columns)}", of_pages=True) from error
 
     def _run(self, go_on: GoOn, call: Call) -> Any:
         """The model itself, with attention over pages. A pass that fails never was."""
@@ -191,7 +199,7 @@ class KvGeneration:
             lost = ()
             again = call.of_tokens(tokens, stored, state.rows.columns)
             try:
-                for part in again.parts(self.memory.columns_at_once(len(tokens))) if again.length else ():
+                for part in again.parts(partial(self.memory.columns_at_once, len(tokens))):
                     go_on(part)
                 return True
             except PageLostError as other:
@@ -206,7 +214,8 @@ class KvGeneration:
         if bound is not None and call.longest > bound:
             raise CapacityError(
                 f"a sequence of {call.longest} tokens is longer than all KV tiers together, which hold {bound}: "
-                f"shorten the prompt, or raise kv_hbm, kv_ram or kv_nvme"
+                f"shorten the prompt, or raise kv_hbm, kv_ram or kv_nvme",
+                of_pages=True,
             )
         most = self.memory.columns_at_once(call.different_rows)
         if call.length <= most:
@@ -215,11 +224,14 @@ class KvGeneration:
         if why:
             raise CapacityError(
                 f"{call.length} tokens a row are more than the {most} that kv_hbm can take at once, and this input "
-                f"cannot go in chunks, as {why}: give fewer tokens at once, or raise kv_hbm"
+                f"cannot go in chunks, as {why}: give fewer tokens at once, or raise kv_hbm",
+                of_pages=True,
             )
         start = call.state.rows.columns
         try:
-            return call.joined([go_on(part) for part in call.parts(most)])
+            return call.joined(
+                [go_on(part) for part in call.parts(partial(self.memory.columns_at_once, call.different_rows))]
+            )
         except BaseException:
             call.state.abandon()
             if call.state.rows.columns > start:
@@ -271,3 +283,11 @@ class KvGeneration:
 
 def _called(call: Call) -> Any:
     return call.forward(**call.given)
+
+
+def _goal(args: Sequence[Any], kwargs: Mapping[str, Any], option: Callable[[str], Any]) -> int:
+    """Tokens that a row of ``generate`` may get to have, prompt and padding included; 0 where nothing says so."""
+    prompts = (args[0] if args else None, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
+    length = max((each.shape[1] for each in prompts if isinstance(each, Tensor) and each.dim() > 1), default=0)
+    new = option("max_new_tokens")
+    return length + new if new is not None else option("max_length") or 0

@@ -23,6 +23,7 @@ from tierstore.hf.kv.kinds import KvKind
 from tierstore.hf.kv.rows import Rows
 from tierstore.hf.kv.shapes import LayerKv, alike
 from tierstore.kvformats.format import KvFormat, KvShape
+from tierstore.page_needs import PageNeed, enough_hbm
 from tierstore.page_plan import KindPlan, PageKind, PagePlan, build_page_plan
 from tierstore.pages import PageTable, PageUsage
 from tierstore.paging.pager import Pager
@@ -77,7 +78,7 @@ class KvMemory:
     ) -> None:
         self.layers, self.dtype, self.form, self.device = tuple(layers), dtype, form, backend.device
         self.bound = Bound()
-        self._backend, self._recorder = backend, recorder
+        self._backend, self._recorder, self._budget = backend, recorder, budget
         if budget.kv_nvme and folder is None:
             raise BudgetError("Budget.kv_nvme is given and there is no folder for pages on disk: give store=")
         shapes = [_shape_of(kind, page_tokens) for kind in alike(layers)]
@@ -122,6 +123,23 @@ class KvMemory:
     def drop(self, rows: Rows) -> None:
         """The cache of ``rows`` is gone; from any thread, at any time."""
         self._dropped.append(rows)
+
+    def enough(self, rows: int, tokens: int, *, whole: bool = False, beside: Sequence[int] = ()) -> str:
+        """What to say where ``rows`` sequences of up to ``tokens`` tokens find no room, as in ``PageNeed``; empty where
+        no ``kv_hbm`` helps."""
+        budget, kinds = self._budget, [plan.kind for plan in self.plan.kinds]
+        found = enough_hbm(
+            kinds,
+            PageNeed(rows, tokens, whole, tuple(beside)),
+            budget.kv_ram,
+            budget.kv_nvme,
+            unified=self._backend.engine.unified,
+            above=budget.kv_hbm,
+        )
+        if found is None:
+            return ""
+        sequences = "1 sequence" if rows == 1 else f"{rows} sequences"
+        return f"; raise Budget.kv_hbm to {found} bytes for {sequences} of up to {tokens} tokens"
 
     def usage(self) -> KvUsage:
         """What is stored where."""

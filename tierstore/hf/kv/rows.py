@@ -6,6 +6,7 @@ stored. Columns that the 2-D mask hides when they come are not stored: padding t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -185,17 +186,21 @@ class Rows:
     def _check_room(self, spans: Sequence[Sequence[tuple[int, int]]], leaders: Sequence[int]) -> None:
         """Before any table changes, so that none has to be changed back."""
         for kind, table in enumerate(self._tables):
-            needed = 0
+            needed, writers = 0, Counter[int]()
             for r in set(leaders):
                 pages, length = self.pages(r, kind), self.rows[r].length
                 grown = _total(spans[r])
                 needed += -(-grown // table.page_tokens) - len(pages)
-                needed += grown > length and bool(length % table.page_tokens) and table.shared(pages[-1])
+                if grown > length and length % table.page_tokens:
+                    writers[pages[-1]] += 1
+            # each writes to a copy, but for the last one that holds the page
+            needed += sum(min(count, max(table.users(page) - 1, 0)) for page, count in writers.items())
             if needed > table.available:
                 raise CapacityError(
                     f"{len(set(leaders))} sequences of up to {max(map(_total, spans))} tokens need {needed} more pages "
                     f"of {table.page_tokens} tokens, {table.available} of {table.capacity} are available: shorten the "
-                    f"prompt, give fewer rows, end other sequences, or raise the KV budget (kv_hbm, kv_ram, kv_nvme)"
+                    f"prompt, give fewer rows, end other sequences, or raise the KV budget (kv_hbm, kv_ram, kv_nvme)",
+                    of_pages=True,
                 )
 
 

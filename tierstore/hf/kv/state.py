@@ -34,6 +34,8 @@ class CacheState:
         self.memory = memory
         self.rows = Rows(memory.tables)
         self.recording = False
+        self.goal = 0
+        """Positions that rows may get to have, as far as is known."""
         self.passing: Passing | None = None
         self.stored: Tensor | None = None  # bool [B, columns]; None when all columns of all rows are stored
         self.tokens: Tensor | None = None  # int64 [B, columns], as far as all are known
@@ -197,6 +199,15 @@ class CacheState:
         self.tokens = tokens[:, :columns].clone()
         self.stored = None if stored is None else stored[:, :columns].to(self.memory.device)
         return columns
+
+    def enough(self, rows: int, tokens: int) -> str:
+        """What to say where ``rows`` rows of up to ``tokens`` positions, or the goal, find no room beside others."""
+        held = [
+            {page for r in range(len(self.rows)) for page in self.rows.pages(r, number) if page >= 0}
+            for number in range(len(self.memory.kinds))
+        ]
+        beside = [kind.table.usage().held_pages - len(mine) for kind, mine in zip(self.memory.kinds, held, strict=True)]
+        return self.memory.enough(rows, max(tokens, self.goal), whole=self.recording, beside=beside)
 
     def pages_of(self, rows: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """The closed pages of some rows, of each kind."""
