@@ -7,7 +7,8 @@ before their turn until shortly after it. Moving costs bandwidth that weights ne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 
 from tierstore.budget import format_nbytes
 from tierstore.extents import align_up
@@ -50,6 +51,11 @@ class WaitingRoom:
         """How many micro-batches of ``tokens`` a pass can have."""
         on_device = self.on_device(tokens)
         return max(on_device, on_device - IN_TRANSIT + self.host_nbytes // self.place_nbytes(tokens))
+
+    def of_calls(self, tokens: int, tokens_each: float) -> WaitingRoom:
+        """The same room for calls of up to ``tokens``, and of ``tokens_each`` in the mean, as if they were tokens."""
+        moved = ceil(self.moved_nbytes_per_token * tokens_each)
+        return replace(self, nbytes_per_token=self.nbytes_per_token * tokens, moved_nbytes_per_token=moved)
 
     def plan(self, micro_batches: int, tokens: int) -> WaitingPlan:
         """Where those of passes of up to ``micro_batches`` wait. Raises ``ValueError`` for more than ``most``."""

@@ -8,17 +8,26 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
 
-from tests.jobs.small import settings_of, texts_of, write_prompts
+from tests.jobs.made import write_rows
+from tests.jobs.small import settings_of, texts_of
 from tierstore.backends import Backend
 from tierstore.batch_plan import BatchCosts
 from tierstore.budget import Budget
-from tierstore.jobs import JobInterrupted, JobProgress, JobReport, run
+from tierstore.jobs import JobInterrupted, JobProgress, run
 from tierstore.jobs.hidden_states import WIDTHS, StatesRoom, room_for_states
+from tierstore.sampling import Sampling
 from tierstore.testing.adversary import adversary
 from tierstore.waiting_plan import SHARE
 
-TIGHT: dict[str, Any] = {"tokens": 8, "budget": Budget(hbm="2MiB", ram="16MiB", kv_hbm="5MiB")}
+TIGHT: dict[str, Any] = {
+    "tokens": 8,
+    "budget": Budget(hbm="2MiB", ram="16MiB", kv_hbm="5MiB"),
+    "defaults": Sampling(max_new_tokens=2),
+    "speculate": "off",
+}
+ROWS = [{"prompt": f"{n} {'Say it. ' * (n % 5)}", "max_new_tokens": 1 + n % 3} for n in range(9)]
 
 
 @pytest.fixture
@@ -27,51 +36,56 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     adverse = adversary(1)
     backend = Backend(torch.device("cpu"), adverse.engine, adverse.pool, adverse.pool, adverse.pool)
     monkeypatch.setattr("tierstore.loading.backend_for", lambda device: backend)
-    monkeypatch.setattr("tierstore.jobs.models.probe", lambda *_, **__: BatchCosts({8: 1e-3}, 1.0))
+    monkeypatch.setattr("tierstore.jobs.models.probe", lambda *given, **_: BatchCosts({given[2][0]: 1e-3}, 1.0))
     yield
     adverse.engine.check()
 
 
-@pytest.fixture(scope="module")
-def alone(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, int], tuple[str, int]]:
-    """What the job says on a CPU, where hidden states stay."""
-    folder = tmp_path_factory.mktemp("alone")
-    report = run(write_prompts(folder), folder / "results", settings_of(tiny_checkpoint, **TIGHT))
-    assert report.session is not None
-    assert report.session.waiting is None
-    assert "hidden states" not in "\n".join(report.notes)
-    return texts_of(folder / "results")
-
-
-def test_texts_are_the_same(
-    device: None, tiny_checkpoint: Path, tmp_path: Path, alone: dict[tuple[Any, int], tuple[str, int]]
-) -> None:
-    report = run(write_prompts(tmp_path), tmp_path / "results", settings_of(tiny_checkpoint, **TIGHT))
-    assert texts_of(tmp_path / "results") == alone
-    assert "of ram: the device has room for 4" in "\n".join(report.notes)
-    assert report.session is not None
-    waiting = report.session.waiting
-    assert waiting is not None
-    assert 0 < waiting.peak_nbytes <= waiting.host_nbytes <= (16 << 20) // SHARE
-    assert waiting.moved_nbytes > waiting.host_nbytes
-
-
-def test_stopped_in_the_middle_it_goes_on(
-    device: None, tiny_checkpoint: Path, tmp_path: Path, alone: dict[tuple[Any, int], tuple[str, int]]
-) -> None:
-    prompts, results = write_prompts(tmp_path), tmp_path / "results"
+def test_texts_are_the_same(tiny_checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Also those of a job that was stopped on the way."""
+    prompts, settings = write_rows(tmp_path / "prompts.jsonl", ROWS), settings_of(tiny_checkpoint, **TIGHT)
+    plain = run(prompts, tmp_path / "plain", settings)
+    assert plain.session is not None
+    assert plain.session.waiting is None  # it computes where they would wait
+    assert "hidden states" not in "\n".join(plain.notes)
+    request.getfixturevalue("device")
 
     def stop(now: JobProgress) -> None:
-        if now.generated_tokens:
+        if now.done_rows:
             raise KeyboardInterrupt
 
     with pytest.raises(JobInterrupted) as stopped:
-        run(prompts, results, settings_of(tiny_checkpoint, **TIGHT), progress=stop)
-    report: JobReport = stopped.value.report
+        run(prompts, tmp_path / "moved", settings, progress=stop)
+    assert 0 < stopped.value.report.done_rows < len(ROWS)
+    for report in (stopped.value.report, run(prompts, tmp_path / "moved", settings)):
+        assert "of ram: the device has room for 4" in "\n".join(report.notes)
+        assert report.session is not None
+        waiting = report.session.waiting
+        assert waiting is not None
+        assert 0 < waiting.peak_nbytes <= waiting.host_nbytes <= (16 << 20) // SHARE
+        assert waiting.moved_nbytes > waiting.host_nbytes
+    assert texts_of(tmp_path / "moved") == texts_of(tmp_path / "plain")
+
+
+def test_texts_by_themselves(tiny_checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """A model with a recurrent state, each of whose calls is a micro-batch."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    tokenizer.save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    ids = dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=64, state_size=8, num_hidden_layers=2, **ids)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{'Say it again. ' * n}", "max_new_tokens": 2 + n} for n in range(1, 9)]
+    prompts = write_rows(tmp_path / "prompts.jsonl", rows)
+    settings = settings_of(tmp_path / "model", budget=Budget("384KiB", "64MiB"), tokens=16)
+    report = run(prompts, tmp_path / "plain", settings)
+    request.getfixturevalue("device")
+    report = run(prompts, tmp_path / "moved", settings)
     assert report.session is not None
     assert report.session.waiting is not None
-    run(prompts, results, settings_of(tiny_checkpoint, **TIGHT))
-    assert texts_of(results) == alone
+    assert report.session.waiting.moved_nbytes > 0
+    assert "of ram: the device has room for 4" in "\n".join(report.notes)
+    assert texts_of(tmp_path / "moved") == texts_of(tmp_path / "plain")
 
 
 def test_room_is_for_jobs_that_can_use_it() -> None:

@@ -16,7 +16,7 @@ from tierstore.jobs.splitting import LARGEST_PART
 from tierstore.waiting_plan import SHARE, WaitingPlan, WaitingRoom
 
 if TYPE_CHECKING:
-    from tierstore.hf.batch.tokens import TokenModel
+    from tierstore.jobs.probing import Model
     from tierstore.session import Session
 
 WIDTHS = 16
@@ -54,22 +54,23 @@ class HiddenStates:
         """``session.together``."""
         return self._session.together(calls, waits=self._waits)
 
-    def measure(self, model: TokenModel, *, vocabulary: int, positions: int | None) -> WaitingRoom | None:
-        """The room in terms of tokens, by a pass of ``model``, which uses ``together``, over two micro-batches of
-        tokens that mean nothing. None where none waits for weights, or where a pass has only one of a token."""
+    def measure(self, model: Model, *, vocabulary: int, positions: int | None) -> WaitingRoom | None:
+        """The room in terms of tokens, by a pass of ``model``, which uses ``together``, over two sequences of as many
+        tokens as a micro-batch has. None where none waits for weights, or where a pass has only one of a token."""
         room, capacity, before = self._room, model.capacity, model.tokens
         most = min(capacity.pages, max(1, capacity.open_pages)) * capacity.page_tokens
         tokens = min(before, (most if positions is None else min(most, positions)) // 2)
         if room is None or tokens < 1 or not self._session.plan.streamed_nbytes:
             return None
         counted = self._waits = Counted()
-        prompt = tuple(number % vocabulary for number in range(2 * tokens))
-        sequence, found = model.add(prompt)
+        prompt = tuple(number % vocabulary for number in range(tokens))
+        sequences = [model.add(prompt)[0] for _ in range(2)]
         try:
             model.tokens = tokens
-            model.step([Slice(sequence, prompt[found:], 1, prompt=True)])
+            model.step([Slice(sequence, prompt, 1, prompt=True) for sequence in sequences])
         finally:
-            model.remove(sequence)
+            for sequence in sequences:
+                model.remove(sequence)
             model.tokens, self._waits = before, None
         each, moved = ceil(counted.most_nbytes / tokens), ceil(counted.all_nbytes / tokens)
         seconds = 1 / TYPICAL_LINKS.ram_bytes_per_second

@@ -103,26 +103,40 @@ def prepare_alone(
     *,
     vocabulary: int,
     positions: int | None,
+    states: StatesRoom | None,
     sequences: int | None,
     closing: ExitStack,
 ) -> Prepared:
     """Up to ``sequences`` texts, each a call of its own, with a cache of its own; ``kv_nbytes`` are for these. A prompt
-    goes through the model ``tokens`` at a time. The model is closed with ``closing``."""
+    goes through the model ``tokens`` at a time. ``states`` is the room for hidden states of calls that wait, None where
+    they stay. The model is closed with ``closing``."""
     from tierstore.hf.batch.alone import SequenceModel
 
     tokens = PROMPT_TOKENS if tokens is None else tokens
     each_text, each_token = _kept_nbytes(session)
     most = max(kv_nbytes // each_token, 1) if each_token else None
-    model = SequenceModel(session.module, session.together, tokens=1, positions=most)
+    hidden = HiddenStates(session, states)
+    model = SequenceModel(session.module, hidden.together, tokens=1, positions=most)
     closing.callback(model.close)
     costs = probe(model, session, (1,), vocabulary=vocabulary, positions=positions)
     model.tokens = tokens
+    waiting = hidden.measure(model, vocabulary=vocabulary, positions=positions)
     # a call takes about as long for some tokens as for one, so that calls are what is counted
     calls = BatchJob(job.sequences, max(job.prompt_tokens / tokens, 1), job.new_tokens, job.most_new_tokens)
     room = model.capacity
     fitting = room.pages // ceil((job.prompt_tokens + job.new_tokens) / room.page_tokens)
     fitting = max(min(fitting, kv_nbytes // max(each_text, 1)), 1)
-    plan = build_batch_plan(costs, calls, BatchRoom(1 << 20, fitting, [KvTier(fitting)], sequences=sequences))
+    if waiting is not None:
+        passes = calls.prompt_tokens + job.new_tokens
+        waiting = waiting.of_calls(tokens, (job.prompt_tokens + job.new_tokens) / passes)
+        fitting = min(fitting, waiting.most(1))
+    batch_room = BatchRoom(1 << 20, fitting, [KvTier(fitting)], sequences=sequences, waiting=waiting)
+    plan = build_batch_plan(costs, calls, batch_room)
+    why = f"{plan.sequences} texts at once, each a call of its own: a pass takes about {plan.seconds_per_pass:.4g} s"
+    if waiting is not None:
+        where = waiting.plan(plan.sequences, 1)
+        hidden.begin(where)
+        why += f"\n{where.explain()}"
     return Prepared(
         model,
         tokens,
@@ -132,7 +146,7 @@ def prepare_alone(
         shares=False,
         exact=False,
         speculates=model.speculates,
-        why=f"{plan.sequences} texts at once, each a call of its own: a pass takes about {plan.seconds_per_pass:.4g} s",
+        why=why,
     )
 
 

@@ -127,7 +127,7 @@ class _Opening:
         budget, form = self._beside_draft(longest), settings.kv_format
         sequences = min(self._job.sequences, settings.sequences or self._job.sequences)
         weights_nbytes = sum(piece.extent.nbytes for pieces in checkpoint.pieces.values() for piece in pieces)
-        if not (self._unified or self._alone):
+        if not self._unified:
             self._states = room_for_states(
                 budget.hbm,
                 budget.ram,
@@ -180,6 +180,7 @@ class _Opening:
                 self._kv_nbytes,
                 vocabulary=known,
                 positions=self._positions,
+                states=self._states,
                 sequences=settings.sequences,
                 closing=self._closing,
             )
