@@ -16,7 +16,9 @@ import torch
 
 from tierstore.contracts import Fence, ReadRequest
 from tierstore.extents import Extent
+from tierstore.pools.host import HostPool
 from tierstore.stores.reader import Reader
+from tierstore.stores.workers import PAGE
 
 SECONDS = 2.0
 """How long fio reads for one figure."""
@@ -93,7 +95,10 @@ class Laps:
     def __init__(self, file: Path, nbytes: int) -> None:
         self._reader = Reader([file])
         self._nbytes = nbytes
-        self._memory = torch.zeros(PIECES * PIECE, dtype=torch.uint8)
+        self._pool = HostPool(PIECES * PIECE, huge_pages=True)  # as rings have
+        lease = self._pool.lease(PIECES * PIECE, align=PAGE)
+        assert lease is not None
+        self._memory = lease.buffer
         self.seconds: list[float] = []
         """Of each lap."""
 
@@ -112,8 +117,9 @@ class Laps:
         self.seconds.append(time.perf_counter() - start)
 
     def close(self) -> None:
-        """End the reader."""
+        """End the reader, and give the memory back."""
         self._reader.close()
+        self._pool.close()
 
 
 def fio_rate(files: Sequence[Path], setting: Setting, seconds: float = SECONDS) -> float:
