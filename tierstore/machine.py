@@ -256,7 +256,7 @@ def _disk_speed(path: str | os.PathLike[str] | None) -> float:
             os.posix_fadvise(fd, 0, nbytes, os.POSIX_FADV_DONTNEED)
 
             def read(worker: int) -> None:
-                chunk = mmap.mmap(-1, _CHUNK)
+                chunk = _huge_pages(_CHUNK)
                 for offset in range(worker * _CHUNK, nbytes, _THREADS * _CHUNK):
                     os.preadv(fd, (chunk,), offset)
 
@@ -269,6 +269,17 @@ def _disk_speed(path: str | os.PathLike[str] | None) -> float:
             raise StoreReadError(
                 f"cannot read {os.fspath(path)!r} to measure it: {error}: name another file"
             ) from error
+
+
+def _huge_pages(nbytes: int) -> memoryview:
+    """Private memory as a ring has it, whole huge pages where the system has them: a disk fills these faster."""
+    align = 2 << 20
+    memory = mmap.mmap(-1, nbytes + align, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % align
+    return memoryview(memory)[start : start + nbytes]
 
 
 def _open_direct(path: str | os.PathLike[str]) -> int:
