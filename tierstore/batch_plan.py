@@ -80,7 +80,8 @@ class BatchRoom:
     ``open_pages`` pages of ``page_tokens`` tokens can be open at once, and there are those of ``kv``, the fastest tier
     first. ``activations`` bytes hold ``layer_nbytes_per_token`` of the micro-batch that is computed and
     ``waiting_nbytes_per_token`` of every other one of the pass; None is no bound. ``waiting`` is where micro-batches
-    wait, None where they wait in the memory that they compute in."""
+    wait, None where they wait in the memory that they compute in. A sequence holds ``sequence_pages`` at most, however
+    long it is; None is no bound."""
 
     page_tokens: int
     open_pages: int
@@ -90,11 +91,17 @@ class BatchRoom:
     activations: int | None = None
     sequences: int | None = None
     waiting: WaitingRoom | None = None
+    sequence_pages: int | None = None
 
     @property
     def pages(self) -> int:
         """Pages of all tiers."""
         return sum(tier.pages for tier in self.kv)
+
+    def held(self, tokens: float) -> float:
+        """Pages, and parts of one, of a sequence of so many tokens."""
+        pages = tokens / self.page_tokens
+        return pages if self.sequence_pages is None else min(pages, self.sequence_pages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +214,7 @@ class _Sizes:
         open_each = 1 + prompt / new / size  # its last page, and those that its prompt is written to
         self._most = {
             "rows": job.sequences,
-            "pages": max(1, room.pages // ceil((prompt + new) / size)),
+            "pages": max(1, room.pages // ceil(room.held(prompt + new))),
             "open pages": max(1, int(room.open_pages / open_each)),
         }
         if room.sequences is not None:
@@ -293,7 +300,7 @@ class _Sizes:
         """Seconds in which weights, the KV of ``sequences`` in the middle of their lives, and what micro-batches hold
         that wait in host memory come over the links."""
         seconds = self._costs.transfer_seconds
-        pages = sequences * (self._job.prompt_tokens + self._job.new_tokens / 2) / self._room.page_tokens
+        pages = sequences * self._room.held(self._job.prompt_tokens + self._job.new_tokens / 2)
         for tier in self._room.kv:
             here = min(pages, tier.pages)
             seconds += here * tier.seconds_per_page

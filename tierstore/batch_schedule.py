@@ -23,7 +23,8 @@ LOOK_AHEAD = 1024
 class Limits:
     """A pass has up to ``micro_batches`` of ``tokens`` tokens, for at most ``sequences`` sequences that are under way.
 
-    They have ``pages`` of ``page_tokens`` tokens, of which ``open_pages`` may be open at once. Raises ``ValueError``.
+    They have ``pages`` of ``page_tokens`` tokens, of which ``open_pages`` may be open at once. However long it is, a
+    sequence holds ``sequence_pages`` between passes at most; None is no bound. Raises ``ValueError``.
     """
 
     tokens: int
@@ -32,6 +33,7 @@ class Limits:
     page_tokens: int
     pages: int
     open_pages: int
+    sequence_pages: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.micro_batches, self.sequences, self.page_tokens) < 1 or self.open_pages < 1:
@@ -150,6 +152,8 @@ def next_pass(running: Sequence[Running], limits: Limits) -> list[Part]:
     left = limits.tokens * limits.micro_batches
     # each has its last page open, or a first one to write to: what else is open is shared out
     spare = limits.open_pages - sum(each.samples for each in running)
+    # a prompt that is longer than a window holds more than was reserved for it, until the pass is over
+    free = 0 if limits.sequence_pages is None else _Book(running, limits).free
     generating = [each for each in running if each.length >= each.prompt_tokens][:left]
     left -= len(generating)
     parts = []
@@ -163,8 +167,12 @@ def next_pass(running: Sequence[Running], limits: Limits) -> list[Part]:
         parts.append(Part(each.sequence, 1 + more, False))
     for each in running:
         if left and each.length < each.prompt_tokens:
-            tokens = min(each.prompt_tokens - each.length, left, _room(each, size, spare))
-            spare -= _opened(each, tokens, size)
+            passes = _passes_window(each, limits)
+            room = _room(each, size, min(spare, free) if passes else spare)
+            tokens = min(each.prompt_tokens - each.length, left, room)
+            opened = _opened(each, tokens, size)
+            spare -= opened
+            free -= opened if passes else 0
             left -= tokens
             parts.append(Part(each.sequence, tokens, True))
     return parts
@@ -180,30 +188,42 @@ def _opened(sequence: Running, tokens: int, size: int) -> int:
     return max(0, -(-(sequence.length % size + tokens) // size) - sequence.samples)
 
 
-def _shared_pages(row: Waiting | Running, size: int) -> int:
+def _passes_window(row: Waiting | Running, limits: Limits) -> bool:
+    """Whether a row becomes longer than all windows: then it gives back pages, and nothing of it counts as shared."""
+    pages = -(-(row.prompt_tokens + row.new_tokens) // limits.page_tokens)
+    return limits.sequence_pages is not None and pages > limits.sequence_pages
+
+
+def _keys(row: Waiting | Running, limits: Limits) -> tuple[bytes, ...]:
+    return () if _passes_window(row, limits) else row.keys
+
+
+def _shared_pages(row: Waiting | Running, limits: Limits) -> int:
     """Full pages of a prompt: all samples share them."""
-    return row.prompt_tokens // size
+    return 0 if _passes_window(row, limits) else row.prompt_tokens // limits.page_tokens
 
 
-def _own_pages(row: Waiting | Running, size: int) -> int:
+def _own_pages(row: Waiting | Running, limits: Limits) -> int:
     """Pages that each sample has for itself."""
-    return -(-(row.prompt_tokens + row.new_tokens) // size) - _shared_pages(row, size)
+    if limits.sequence_pages is not None and _passes_window(row, limits):
+        return limits.sequence_pages
+    return -(-(row.prompt_tokens + row.new_tokens) // limits.page_tokens) - _shared_pages(row, limits)
 
 
 def _pages(row: Waiting, samples: int, limits: Limits) -> int:
-    return _shared_pages(row, limits.page_tokens) + samples * _own_pages(row, limits.page_tokens)
+    return _shared_pages(row, limits) + samples * _own_pages(row, limits)
 
 
 def _samples_alone(row: Waiting, limits: Limits) -> int:
     """How many samples of a row could be under way together, were it alone."""
-    own = _own_pages(row, limits.page_tokens)
-    return min(limits.samples, (limits.pages - _shared_pages(row, limits.page_tokens)) // own)
+    return min(limits.samples, (limits.pages - _shared_pages(row, limits)) // _own_pages(row, limits))
 
 
 class _Book:
     """What is reserved. A page that prompts share counts once, whoever computed it.
 
-    ``pending`` are keys of pages that are being computed, ``sealed`` of those that can be found by content.
+    ``pending`` are keys of pages that are being computed, ``sealed`` of those that can be found by content; ``free``
+    pages are left.
     """
 
     def __init__(self, running: Sequence[Running], limits: Limits) -> None:
@@ -212,25 +232,27 @@ class _Book:
         self.pending: set[bytes] = set()
         self._sealed: set[bytes] = set()
         for each in running:
-            done = each.sealed // size if each.length < each.prompt_tokens else len(each.keys)
-            self._sealed.update(each.keys[:done])
-            self.pending.update(each.keys[done:])
+            keys = _keys(each, limits)
+            done = each.sealed // size if each.length < each.prompt_tokens else len(keys)
+            self._sealed.update(keys[:done])
+            self.pending.update(keys[done:])
         self.pending -= self._sealed
         # full pages that no other row can share are still one for all samples of a row
-        alone = {each.row: _shared_pages(each, size) - len(each.keys) for each in running}
-        own = sum(each.samples * _own_pages(each, size) for each in running)
-        self._free = limits.pages - len(self.pending) - len(self._sealed) - sum(alone.values()) - own
+        alone = {each.row: _shared_pages(each, limits) - len(_keys(each, limits)) for each in running}
+        own = sum(each.samples * _own_pages(each, limits) for each in running)
+        self.free = limits.pages - len(self.pending) - len(self._sealed) - sum(alone.values()) - own
 
     def has_room(self, row: Waiting, samples: int) -> bool:
-        return self.samples + samples <= self._limits.samples and self._needed(row, samples) <= self._free
+        return self.samples + samples <= self._limits.samples and self._needed(row, samples) <= self.free
 
     def add(self, row: Waiting, samples: int) -> int:
         """Reserve for ``row``; as many of its first pages are there already."""
-        self._free -= self._needed(row, samples)
+        self.free -= self._needed(row, samples)
         self.samples += samples
-        found = sum(key in self._sealed for key in row.keys)
-        self.pending.update(row.keys[found:])
+        keys = _keys(row, self._limits)
+        found = sum(key in self._sealed for key in keys)
+        self.pending.update(keys[found:])
         return found
 
     def _needed(self, row: Waiting, samples: int) -> int:
-        return _pages(row, samples, self._limits) - sum(key in self._sealed for key in row.keys)
+        return _pages(row, samples, self._limits) - sum(key in self._sealed for key in _keys(row, self._limits))

@@ -72,11 +72,7 @@ class Engaged:
         ordered = set(plan.order)
         units = [u for u in self._planned if u.name in ordered or plan.tier[u.name] is not Tier.NVME]
         rate = self._compute_seconds / max(sum(unit.nbytes for unit in units), 1)
-        rates = self._tally.rates()
-        links = Links(
-            nvme_bytes_per_second=rates.get("nvme", TYPICAL_LINKS.nvme_bytes_per_second),
-            ram_bytes_per_second=rates.get("ram", TYPICAL_LINKS.ram_bytes_per_second),
-        )
+        links = _measured_links(self._tally)
         moving = replace(plan, tier={unit.name: plan.tier[unit.name] for unit in units})
         compute = {unit.name: unit.nbytes * rate for unit in units}
         measured = remeasure(moving, units, links=links, compute_seconds=compute)
@@ -182,6 +178,11 @@ class Session:
         return self._engaged.measured_plan() if self._engaged is not None else self._plan
 
     @property
+    def links(self) -> Links:
+        """What each link has carried a second, as measured so far; typical rates where nothing has moved yet."""
+        return _measured_links(self._tally)
+
+    @property
     def kv(self) -> PagedCache:
         """The KV cache that the module generates with: a transformers ``Cache`` over pages.
 
@@ -282,6 +283,14 @@ class Session:
         moving = self._engaged.runtime.peak_bytes if self._engaged else {"hbm": 0, "ram": 0}
         peaks = {tier: self._fixed_nbytes[tier] + moving[tier] for tier in ("hbm", "ram")}
         return {**peaks, "nvme": self._written_nbytes()}
+
+
+def _measured_links(tally: Tally) -> Links:
+    rates = tally.rates()
+    return Links(
+        nvme_bytes_per_second=rates.get("nvme", TYPICAL_LINKS.nvme_bytes_per_second),
+        ram_bytes_per_second=rates.get("ram", TYPICAL_LINKS.ram_bytes_per_second),
+    )
 
 
 def _waiting_report(aside: Aside) -> WaitingReport:

@@ -100,7 +100,8 @@ class ToyModel:
         held = {id(page) for sequence, pages in self._pages.items() for page in grown.get(sequence, pages)}
         if len(held) > self.capacity.pages:
             raise CapacityError(f"{len(held)} pages are needed and there are {self.capacity.pages}")
-        opened = sum(-(-len(each.tokens) // self.capacity.page_tokens) + each.prompt for each in slices)
+        size = self.capacity.page_tokens
+        opened = sum(-(-(self.length(each.sequence) % size + len(each.tokens)) // size) for each in slices)
         if opened > self.capacity.open_pages:
             raise CapacityError(f"{opened} pages would be open and {self.capacity.open_pages} can be")
         self._pages.update(grown)

@@ -56,8 +56,8 @@ class Engine:
     """Answers rows with ``model``, for up to ``limits.sequences`` texts at once.
 
     ``ends`` are the end tokens, ``positions`` how many tokens the model can take, None for any number, and ``seed`` is
-    that of rows without one. ``counts`` may be read at any time. The model keeps what is under way when a job is left
-    in the middle: close it.
+    that of rows without one. ``enough`` says which budget has room for a text of so many tokens. ``counts`` may be read
+    at any time. The model keeps what is under way when a job is left in the middle: close it.
     """
 
     def __init__(
@@ -71,12 +71,14 @@ class Engine:
         seed: int,
         drafting: Drafting | None = None,
         shares: bool = True,
+        enough: Callable[[int], str] = lambda tokens: "",
     ) -> None:
         self.counts = Counts()
         self._model, self._encoder, self._limits = model, encoder, limits
         self._ends, self._positions, self._seed = frozenset(ends), positions, seed
         self._drafting = drafting
         self._shares = shares
+        self._enough = enough
         self._number = 0
         self._waiting: dict[int, Request] = {}
         self._prompts: dict[int, Prompt] = {}
@@ -137,6 +139,7 @@ class Engine:
             raise RowError(
                 f"a prompt of {len(prompt)} tokens and {new} new ones need KV pages for {sizes[0]} tokens, and there "
                 f"are pages for {sizes[1]}: shorten the prompt, lower max_new_tokens, or give the KV cache more bytes"
+                f"{self._enough(sizes[0])}"
             )
         return request
 
@@ -266,7 +269,9 @@ class Engine:
         everybody = self._under_way()
         newest = max(everybody, key=lambda each: each.request.number)
         if len(everybody) == 1:
-            self._fail(newest.request, str(error))
+            prompt, sampling = newest.request.prompt, newest.request.row.sampling
+            more = self._enough(len(prompt) + sampling.max_new_tokens) if error.of_pages else ""
+            self._fail(newest.request, f"{error}{more}")
             return
         self._limits = replace(self._limits, sequences=max(1, min(self._limits.sequences, len(everybody)) - 1))
         self._start_anew(newest)

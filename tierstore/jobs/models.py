@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import ceil
@@ -13,12 +13,13 @@ import torch
 from tierstore.batch_plan import CPU_TOKENS, CUDA_TOKENS, BatchJob, BatchPlan, BatchRoom, KvTier, build_batch_plan
 from tierstore.batch_schedule import Limits
 from tierstore.budget import Budget, format_nbytes
-from tierstore.composing import TYPICAL_LINKS
 from tierstore.drafting import PassCost
 from tierstore.errors import ModuleError
+from tierstore.extents import align_up
 from tierstore.jobs.engine import Model
 from tierstore.jobs.hidden_states import HiddenStates, StatesRoom
 from tierstore.jobs.probing import probe
+from tierstore.plan import Links
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +38,8 @@ ALONE_PART = 4
 class Prepared:
     """``model`` in passes of micro-batches of ``tokens``, within ``limits``; ``cost`` is what a pass takes. Texts
     ``share`` what their prompts begin with. ``exact`` says whether drafted tokens leave every bit of others alone,
-    ``why`` how the batch was chosen, in words."""
+    ``why`` how the batch was chosen, in words. ``enough`` says which budget has room for a text of so many tokens, None
+    where the session's KV cache knows."""
 
     model: Model
     tokens: int
@@ -48,6 +50,7 @@ class Prepared:
     exact: bool
     speculates: bool
     why: str
+    enough: Callable[[int], str] | None = None
 
 
 def prepare_side_by_side(
@@ -76,8 +79,14 @@ def prepare_side_by_side(
     costs = probe(model, session, sizes, vocabulary=vocabulary, positions=positions)
     waiting = hidden.measure(model, vocabulary=vocabulary, positions=positions)
     room = model.capacity
-    tiers = _tiers(memory, room, unified)
-    batch_room = BatchRoom(room.page_tokens, room.open_pages, tiers, sequences=sequences, waiting=waiting)
+    batch_room = BatchRoom(
+        room.page_tokens,
+        room.open_pages,
+        _tiers(memory, room, unified, session.links),
+        sequences=sequences,
+        waiting=waiting,
+        sequence_pages=room.sequence_pages,
+    )
     plan = build_batch_plan(costs, job, batch_room)
     hidden.begin(plan.waiting)
     model.tokens = plan.tokens
@@ -146,6 +155,7 @@ def prepare_alone(
         shares=False,
         exact=False,
         speculates=model.speculates,
+        enough=lambda tokens: _enough_alone(align_up(tokens, room.page_tokens) * each_token, tokens),
         why=why,
     )
 
@@ -209,14 +219,19 @@ def token_nbytes(module: nn.Module) -> int:
         return 2 * int(getattr(text, "num_hidden_layers", 1)) * int(getattr(text, "hidden_size", 1)) * size
 
 
+def _enough_alone(nbytes: int, tokens: int) -> str:
+    return f"; raise Budget.kv_hbm to {nbytes} bytes for 1 sequence of up to {tokens} tokens"
+
+
 def _limits(tokens: int, micro_batches: int, sequences: int, room: Capacity) -> Limits:
-    return Limits(tokens, micro_batches, sequences, room.page_tokens, room.pages, room.open_pages)
+    pages = (room.page_tokens, room.pages, room.open_pages, room.sequence_pages)
+    return Limits(tokens, micro_batches, sequences, *pages)
 
 
-def _tiers(memory: KvMemory, room: Capacity, unified: bool) -> list[KvTier]:
+def _tiers(memory: KvMemory, room: Capacity, unified: bool, links: Links) -> list[KvTier]:
     """The pages of the kind of layers that has the fewest, and what those that are not read in place take."""
     plans = memory.plan.kinds
     nbytes = sum(plan.kind.page_nbytes for plan in plans)
     hbm, ram, nvme = next(plan.tier_pages for plan in plans if plan.pages == room.pages)
-    slow = 0.0 if unified else nbytes / TYPICAL_LINKS.ram_bytes_per_second
-    return [KvTier(hbm), KvTier(ram, slow), KvTier(nvme, nbytes / TYPICAL_LINKS.nvme_bytes_per_second)]
+    slow = 0.0 if unified else nbytes / links.ram_bytes_per_second
+    return [KvTier(hbm), KvTier(ram, slow), KvTier(nvme, nbytes / links.nvme_bytes_per_second)]

@@ -25,7 +25,7 @@ from tierstore.jobs.prompts import PromptFile
 from tierstore.jobs.rows import Row
 from tierstore.jobs.samples import Failed, Finished
 from tierstore.jobs.settings import JobSettings
-from tierstore.jobs.splitting import KvNeeds, split_budget
+from tierstore.jobs.splitting import KvNeeds, check_kv, split_budget
 from tierstore.jobs.workload import Workload
 from tierstore.loading import load_divided
 
@@ -151,6 +151,9 @@ class _Opening:
             self._notes.append(split.reason)
             kv: Any = {"kv_hbm": split.kv_hbm, "kv_ram": split.kv_ram, "kv_nvme": budget.kv_nvme}
             budget = Budget(split.hbm, split.ram, budget.nvme, **kv)
+        else:
+            kinds = page_kinds(layers_of(module), dtype_of(module), kv_format(form, dtype_of(module)))
+            check_kv(kinds, longest, budget, unified=self._unified)
         return budget
 
     def _beside_draft(self, longest: int) -> Budget:
@@ -208,6 +211,7 @@ class _Opening:
             seed=settings.seed,
             drafting=self._drafting(ready),
             shares=ready.shares,
+            enough=ready.enough or (lambda tokens: session.kv.memory.enough(1, tokens, budget=settings.budget)),
         )
         self._notes += [f"{MAY_DEPEND}: {why}" for why in self._inexact(session, ready)]
         return OpenJob(engine, session, ready.plan, ready.tokens, (*self._notes, *ready.why.splitlines()))

@@ -7,10 +7,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 
-from tierstore.budget import format_nbytes
+from tierstore.budget import Budget, format_nbytes
 from tierstore.errors import PlanError
 from tierstore.hf.batch.capacity import capacity_of
 from tierstore.hf.batch.slices import Capacity
+from tierstore.page_needs import PageNeed, enough_hbm
 from tierstore.page_plan import PageKind, PagePlan, build_page_plan
 
 PART = 4
@@ -80,6 +81,21 @@ def split_budget(needs: KvNeeds, hbm: int, ram: int, kv_nvme: int, *, unified: b
     return Split(hbm - chosen.kv_hbm, ram - chosen.kv_ram, chosen.kv_hbm, chosen.kv_ram, _reason(needs, chosen))
 
 
+def check_kv(kinds: Sequence[PageKind], longest_tokens: int, budget: Budget, *, unified: bool) -> None:
+    """Raises ``PlanError`` where the bytes that ``budget`` has for a KV cache hold none; ``needed`` is then what
+    ``kv_hbm`` must be for a sequence of ``longest_tokens``, so that no row fails for want of it afterwards."""
+    try:
+        build_page_plan(kinds, budget.kv_hbm, budget.kv_ram, budget.kv_nvme, unified=unified)
+    except PlanError as error:
+        need = PageNeed(1, longest_tokens)
+        enough = enough_hbm(kinds, need, budget.kv_ram, budget.kv_nvme, unified=unified, above=budget.kv_hbm)
+        if enough is None:
+            raise
+        raise PlanError(
+            f"{error}; raise Budget.kv_hbm to {enough} bytes for rows of up to {longest_tokens} tokens", needed=enough
+        ) from error
+
+
 def _choices(needs: KvNeeds, most_hbm: int, most_ram: int, kv_nvme: int, unified: bool) -> Iterator[_Choice]:
     for kv_ram in _ram_sizes(most_ram):
         kv_hbm = _least_hbm(needs, kv_ram, kv_nvme, unified)
@@ -110,7 +126,10 @@ def _least_hbm(needs: KvNeeds, kv_ram: int, kv_nvme: int, unified: bool) -> int 
 
 def _sequences(capacity: Capacity, tokens: float) -> int:
     """How many sequences of ``tokens`` can be under way at once."""
-    return min(capacity.pages // ceil(tokens / capacity.page_tokens), capacity.open_pages)
+    pages = ceil(tokens / capacity.page_tokens)
+    if capacity.sequence_pages is not None:
+        pages = min(pages, capacity.sequence_pages)
+    return min(capacity.pages // pages, capacity.open_pages)
 
 
 def _too_small(needs: KvNeeds, hbm: int, ram: int, kv_nvme: int, unified: bool) -> PlanError:
@@ -124,9 +143,17 @@ def _too_small(needs: KvNeeds, hbm: int, ram: int, kv_nvme: int, unified: bool) 
         )
     return PlanError(
         f"the KV cache of one sequence takes {format_nbytes(least)} of hbm beside the weights, more than half of "
-        f"{format_nbytes(hbm)}: raise Budget.hbm to {LARGEST_PART * least} bytes, or choose a KV format of fewer bytes",
+        f"{format_nbytes(hbm)}: raise Budget.hbm to {LARGEST_PART * least} bytes{_longest(needs, kv_nvme, unified)}, "
+        "or choose a KV format of fewer bytes",
         needed=LARGEST_PART * least,
     )
+
+
+def _longest(needs: KvNeeds, kv_nvme: int, unified: bool) -> str:
+    enough = enough_hbm(needs.kinds, PageNeed(1, needs.longest_tokens), 0, kv_nvme, unified=unified)
+    if enough is None:
+        return ""
+    return f", or to {LARGEST_PART * enough} for rows of up to {needs.longest_tokens} tokens"
 
 
 def _reason(needs: KvNeeds, chosen: _Choice) -> str:

@@ -12,14 +12,16 @@ def capacity_of(plans: Sequence[KindPlan]) -> Capacity:
     """What all kinds can hold together.
 
     A kind with a window may have fewer pages than the others: then it bounds how many sequences there are, each with
-    a page open, rather than their length."""
-    endless = [plan for plan in plans if plan.kind.window is None] or plans
-    pages = min(plan.pages for plan in endless)
+    a page open, rather than their length, unless it has not even those of one window."""
+    windows = [plan.kind.sequence_pages for plan in plans]
+    bounds = [plan for plan, most in zip(plans, windows, strict=True) if most is None or plan.pages < most]
+    pages = min(plan.pages for plan in bounds or plans)
+    longest = None if bounds else min(max(most for most in windows if most is not None), pages)
     open_pages = min(pages, *map(_open_pages, plans))
-    for plan in plans:
-        if plan.pages < pages:
-            open_pages = min(open_pages, max(plan.pages // (plan.kind.sequence_pages or 1), 1))
-    return Capacity(plans[0].kind.page_tokens, pages, open_pages)
+    for plan, most in zip(plans, windows, strict=True):
+        if most is not None and (plan.pages < pages or (longest is not None and longest < most)):
+            open_pages = min(open_pages, max(plan.pages // most, 1))
+    return Capacity(plans[0].kind.page_tokens, pages, open_pages, longest)
 
 
 def _open_pages(plan: KindPlan) -> int:

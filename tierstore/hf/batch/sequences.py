@@ -92,7 +92,9 @@ class Sequences:
         shared = min(table.share_prefix(number, tokens) for table, number in tables)
         for table, number in tables:
             table.crop(number, shared)
-        return self._named(Tokens(numbers, shared, shared)), shared
+        added = self._named(Tokens(numbers, shared, shared))
+        self.pass_window(added, 0)
+        return added, shared
 
     def fork(self, number: int) -> int:
         """A new sequence with the same positions: no page is copied before one of the two writes to it."""

@@ -30,11 +30,13 @@ class Slice:
 class Capacity:
     """What pages there is room for.
 
-    A page has ``page_tokens`` positions. ``pages`` may be held at once, by the tightest kind of layers, counted for
-    sequences without a window. ``open_pages`` can be open at once: each sequence has its last page open, and a prompt
-    of n tokens in one pass opens up to ``ceil(n / page_tokens) + 1``.
+    A page has ``page_tokens`` positions. ``pages`` may be held at once, by the tightest kind of layers. However long it
+    is, a sequence holds ``sequence_pages`` between passes at most, where all layers have windows; None is no bound.
+    ``open_pages`` can be open at once: each sequence has its last page open, and a prompt of n tokens in one pass opens
+    up to ``ceil(n / page_tokens) + 1``.
     """
 
     page_tokens: int
     pages: int
     open_pages: int
+    sequence_pages: int | None = None

@@ -124,10 +124,18 @@ class KvMemory:
         """The cache of ``rows`` is gone; from any thread, at any time."""
         self._dropped.append(rows)
 
-    def enough(self, rows: int, tokens: int, *, whole: bool = False, beside: Sequence[int] = ()) -> str:
+    def enough(
+        self,
+        rows: int,
+        tokens: int,
+        *,
+        whole: bool = False,
+        beside: Sequence[int] = (),
+        budget: Budget | None = None,
+    ) -> str:
         """What to say where ``rows`` sequences of up to ``tokens`` tokens find no room, as in ``PageNeed``; empty where
-        no ``kv_hbm`` helps."""
-        budget, kinds = self._budget, [plan.kind for plan in self.plan.kinds]
+        no ``kv_hbm`` helps. ``budget`` is what the user gave, where that is not what this memory was given."""
+        budget, kinds = budget or self._budget, [plan.kind for plan in self.plan.kinds]
         found = enough_hbm(
             kinds,
             PageNeed(rows, tokens, whole, tuple(beside)),
