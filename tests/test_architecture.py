@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 MAX_LINES = 350
 FLOORS = {
     0: "errors extents tensors budget moves events sampling",
-    1: "contracts fences trips arena order pages page_contents page_kinds page_plan page_shares slots ledger plan "
-    "simulate activation_plan batch_plan batch_schedule drafting waiting_plan kernels",
+    1: "contracts fences trips arena order pages page_contents page_kinds page_needs page_plan page_shares slots "
+    "ledger plan simulate activation_plan batch_plan batch_schedule drafting waiting_plan kernels",
     2: "machine stores pools copies feeds formats kvformats",
     3: "prefetch paging",
     4: "binding hf",
