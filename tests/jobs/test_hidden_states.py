@@ -36,7 +36,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     adverse = adversary(1)
     backend = Backend(torch.device("cpu"), adverse.engine, adverse.pool, adverse.pool, adverse.pool)
     monkeypatch.setattr("tierstore.loading.backend_for", lambda device: backend)
-    monkeypatch.setattr("tierstore.jobs.models.probe", lambda *given, **_: BatchCosts({given[2][0]: 1e-3}, 1.0))
+    monkeypatch.setattr("tierstore.jobs.models.probe", lambda *given, **_: BatchCosts({given[2][0]: 1e-3}, 1e3))
     yield
     adverse.engine.check()
 

@@ -46,12 +46,13 @@ def uninterleaved() -> Iterator[None]:
 
 @dataclass(eq=False)
 class _Call(Generic[T]):
-    """A call: its greenlet, what torch kept for it when it last gave the baton back, and what it waits for. Where what
-    it holds until then is of interest, ``holdings`` knows that."""
+    """A call: its greenlet, what torch kept for it when it last gave the baton back, and what it waits for.
+    ``holdings`` is what it holds, known where that of some call ``moves`` while it waits."""
 
     greenlet: Any
     state: ThreadState
     number: int
+    moves: bool
     holdings: Holdings | None
     waits: str = PASS
     ended: bool = False
@@ -107,9 +108,10 @@ class Baton:
             with Uninterrupted():
                 self._passes.enter()
                 self._entered = True
-            holdings = self._holdings(len(calls))
+            moves = self._waits.begin(len(calls)) if self._waits is not None else (False,) * len(calls)
+            owners: dict[int, Holdings | None] | None = {} if any(moves) else None
             for number, call in enumerate(calls):
-                made: _Call[T] = _Call(None, self._own, number, holdings[number])
+                made: _Call[T] = _Call(None, self._own, number, moves[number], self._holdings(number, owners))
                 made.greenlet = new(partial(_answer, made, call))
                 made.greenlet.gr_context = copy_context()
                 self._calls.append(made)
@@ -117,7 +119,7 @@ class Baton:
             self._stand_for(self._root, self._at_root, outermost=False)
             for module, unit in self._stations.items():
                 self._stand_for(module, partial(self._at_unit, unit), outermost=True)
-            for module in self._root.modules() if any(holdings) else ():
+            for module in self._root.modules() if any(moves) else ():
                 self._stand_for(module, partial(self._noted, module), outermost=True)
             while waiting := [each for each in self._calls if not each.ended]:
                 self._serve(self._next(waiting), waiting)
@@ -137,13 +139,10 @@ class Baton:
                 finally:
                     del failed
 
-    def _holdings(self, calls: int) -> list[Holdings | None]:
-        if self._waits is None:
-            return [None] * calls
-        owners: dict[int, Holdings | None] = {}
-        least, recall = self._waits.least_nbytes, self._waits.back
-        of_interest = enumerate(self._waits.begin(calls))
-        return [Holdings(n, self._device, least, owners, recall) if is_so else None for n, is_so in of_interest]
+    def _holdings(self, call: int, owners: dict[int, Holdings | None] | None) -> Holdings | None:
+        if self._waits is None or owners is None:
+            return None
+        return Holdings(call, self._device, self._waits.least_nbytes, owners, self._waits.back)
 
     # ---- who goes on
 
@@ -177,7 +176,7 @@ class Baton:
     def _come(self, *calls: _Call[Any]) -> None:
         """Let what these calls hold be brought back, one call ahead of compute."""
         for call in calls:
-            if self._waits is not None and call.holdings is not None:
+            if self._waits is not None and call.moves:
                 with Uninterrupted():
                     self._waits.come(call.number)
 
@@ -263,17 +262,22 @@ class Baton:
         if call is None or self._ending or _keeping.get() is not self._keeping or stacked() != self._stacked:
             return False
         call.waits = unit
-        if call.holdings is None or self._waits is None or ThreadState.of(self._device).stream != self._own.stream:
+        if call.holdings is None or self._waits is None:
             greenlet.parent.switch()
             return True
         try:
             with Uninterrupted():
-                self._waits.leave(call.number, call.holdings.storages())
+                self._set_aside(call, call.holdings, self._waits)
             greenlet.parent.switch()
         finally:  # also where it ends, as whatever it does then may need what it holds
             with Uninterrupted():
                 self._waits.back(call.number)
         return True
+
+    def _set_aside(self, call: _Call[Any], holdings: Holdings, waits: Waits) -> None:
+        storages = holdings.storages()  # of all calls, so that none keeps account of what is gone
+        if call.moves and ThreadState.of(self._device).stream == self._own.stream:
+            waits.leave(call.number, storages)
 
     def _noted(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = self._call_of.get(self._getcurrent())

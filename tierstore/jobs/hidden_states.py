@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from tierstore.binding.aside import Counted, Waits
-from tierstore.composing import TYPICAL_LINKS
 from tierstore.hf.batch.slices import Slice
 from tierstore.jobs.splitting import LARGEST_PART
 from tierstore.waiting_plan import SHARE, WaitingPlan, WaitingRoom
@@ -73,7 +72,7 @@ class HiddenStates:
                 model.remove(sequence)
             model.tokens, self._waits = before, None
         each, moved = ceil(counted.most_nbytes / tokens), ceil(counted.all_nbytes / tokens)
-        seconds = 1 / TYPICAL_LINKS.ram_bytes_per_second
+        seconds = 1 / self._session.links.ram_bytes_per_second
         return WaitingRoom(each, moved, room.device_nbytes, room.host_nbytes, seconds)
 
     def begin(self, plan: WaitingPlan | None) -> None:
