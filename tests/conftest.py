@@ -14,12 +14,18 @@ from typing import Any, cast
 import pytest
 import torch
 
+from tests.edges.interpreter import Interpreter
 from tierstore.machine import gds_is_real
 
 torch.set_num_threads(1)
 
 
+LONG = ("test_benches.py", "test_gpu_check.py", "test_ray.py")
+"""Files with tests of half a minute: they begin first, so that no process is alone with one of them in the end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
     missing = {}
     if not torch.cuda.is_available():
         missing["cuda"] = "torch finds no CUDA GPU here"
@@ -60,6 +66,14 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     if folder is not None and files_open_below(folder):
         gc.collect()  # what only the traceback of an expected error still holds is no leak
         assert not files_open_below(folder), "files left open"
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    """The process in which kernels are interpreted: one for all files, since it imports torch and triton."""
+    made = Interpreter()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

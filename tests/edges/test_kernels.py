@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -101,10 +101,8 @@ def check_rows_apart(matmul: Matmul, name: str, device: str = "cpu") -> None:
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> Iterator[Matmul]:
-    interpreter = Interpreter()
-    yield interpreter.matmul
-    interpreter.close()
+def interpreted(interpreter: Interpreter) -> Matmul:
+    return interpreter.matmul
 
 
 @pytest.mark.parametrize("name", CASES)

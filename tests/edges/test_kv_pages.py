@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,8 @@ SIZES = [(2, 64, 2, 64, 64), (1, 16, 3, 80, 5), (2, 8, 1, 1, 7)]
 
 
 @pytest.fixture(scope="module")
-def interpreter() -> Iterator[Call]:
-    made = Interpreter()
-    yield made.call
-    made.close()
+def interpreted(interpreter: Interpreter) -> Call:
+    return interpreter.call
 
 
 def on_a_card(module: str, function: str, *arguments: Any) -> Any:
@@ -73,13 +71,13 @@ def check(call: Call, name: str, sizes: tuple[int, ...], *, hostile: bool, devic
 
 @pytest.mark.parametrize("name", CODE_BITS)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_interpreted(interpreter: Call, name: str, sizes: tuple[int, ...]) -> None:
-    check(interpreter, name, sizes, hostile=True)
+def test_interpreted(interpreted: Call, name: str, sizes: tuple[int, ...]) -> None:
+    check(interpreted, name, sizes, hostile=True)
 
 
 @pytest.mark.parametrize("name", CODE_BITS)
-def test_numbers_are_equal_where_all_are_finite(interpreter: Call, name: str) -> None:
-    check(interpreter, name, (1, 32, 2, 20, 24), hostile=False)
+def test_numbers_are_equal_where_all_are_finite(interpreted: Call, name: str) -> None:
+    check(interpreted, name, (1, 32, 2, 20, 24), hostile=False)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -142,10 +142,8 @@ def some_spans(shape: Shape, device: str = "cpu") -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> Iterator[Call]:
-    interpreter = Interpreter()
-    yield interpreter.call
-    interpreter.close()
+def interpreted(interpreter: Interpreter) -> Call:
+    return interpreter.call
 
 
 EVERY = [(form, shape) for form in (RAW, "int4") for shape in SHAPES] + [(RAW, Shape(2, 2, 2, 1, 16, 16, 1, 5))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ class Kernels:
     PREFERRED = True
     fits, combine = staticmethod(triton.fits), staticmethod(triton.combine)
 
-    def __init__(self) -> None:
-        self.interpreter = Interpreter()
+    def __init__(self, interpreter: Interpreter) -> None:
+        self.interpreter = interpreter
         self.calls = {"decode": 0, "decode_raw": 0}
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
@@ -41,10 +40,8 @@ class Kernels:
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[Kernels]:
-    made = Kernels()
-    yield made
-    made.interpreter.close()
+def kernels(interpreter: Interpreter) -> Kernels:
+    return Kernels(interpreter)
 
 
 @pytest.mark.parametrize(
@@ -100,25 +97,41 @@ class Counted:
     def __init__(self) -> None:
         self.calls = 0
 
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return compiled.decode(*args, **kwargs)
+
     def decode_raw(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
         return compiled.decode_raw(*args, **kwargs)
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "MistralForCausalLM", "Gemma2ForCausalLM", "GptOssForCausalLM"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "format"),
+    [
+        ("LlamaForCausalLM", torch.bfloat16, None),
+        ("LlamaForCausalLM", torch.float32, "bf16"),
+        ("MistralForCausalLM", torch.float32, None),
+        ("Gemma2ForCausalLM", torch.float32, None),
+        ("GptOssForCausalLM", torch.bfloat16, None),
+        ("LlamaForCausalLM", torch.float32, "int8"),
+        ("LlamaForCausalLM", torch.bfloat16, "int4"),
+        ("GptOssForCausalLM", torch.float32, "fp4"),
+    ],
+)
 def test_compiled_kernels_say_what_torch_says(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, dtype: torch.dtype, format: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Over pages that do not fit, most of them on disk: rows of different lengths, with padding."""
-    model, rows, counted = decoder(name, dtype), left_padded((150, 131)), Counted()
+    model, rows, counted = decoder(name, dtype), left_padded((330, 301)), Counted()
     next_one = prompt(1, rows=2, seed=1)
     mask = torch.cat([rows["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
     nvme = 1 << 24
     found = []
     for engaged in (None, counted):
-        with paged(model, tmp_path, kv_hbm=2 * smallest(model, kv_nvme=nvme), kv_nvme=nvme) as made, torch.no_grad():
+        kv_hbm = 3 * smallest(model, format, kv_nvme=nvme)
+        with paged(model, tmp_path, format=format, kv_hbm=kv_hbm, kv_nvme=nvme) as made, torch.no_grad():
             monkeypatch.setattr(decoding, "kernels_for", lambda device, these=engaged: these)
             model(**rows, cache=made.cache)
             found.append(model(input_ids=next_one, attention_mask=mask, cache=made.cache).logits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ ONE, ROWS = {"input_ids": prompt(27)}, left_padded((19, 14))
 class Movers:
     """Triton's, interpreted, in a process of its own: what they changed is copied back."""
 
-    def __init__(self) -> None:
-        self.interpreter = Interpreter()
+    def __init__(self, interpreter: Interpreter) -> None:
+        self.interpreter = interpreter
         self.calls = {"scatter": 0, "gather": 0}
 
     def scatter(self, keys: Tensor, values: Tensor, buffer: Tensor, *where: Tensor) -> None:
@@ -39,10 +38,8 @@ class Movers:
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> Iterator[Movers]:
-    made = Movers()
-    yield made
-    made.interpreter.close()
+def interpreted(interpreter: Interpreter) -> Movers:
+    return Movers(interpreter)
 
 
 @pytest.fixture
