@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tierstore.events import Missed, Moved, Stalled
 from tierstore.report.report import LinkReport, Report
 from tierstore.report.tally import BusyTime, Tally
+from tierstore.report.waiting import WaitingReport
 
 moments = st.integers(0, 200)
 intervals = st.lists(st.tuples(moments, moments).map(lambda pair: (min(pair), max(pair))), max_size=60)
@@ -117,8 +118,21 @@ def test_json_is_one_line_with_every_number() -> None:
         "seconds": 3.0,
         "notes": ["O_DIRECT refused: buffered reads"],
         "kv": None,
+        "waiting": None,
         "bytes_moved": (4 << 30) + 5,
     }
+
+
+def test_what_waits_in_host_memory_is_reported() -> None:
+    waiting = WaitingReport(host_nbytes=4 << 20, peak_nbytes=3 << 20, moved_nbytes=1 << 30)
+    report = Tally().report(peak_bytes={"hbm": 0}, resident_share=0.0, passes=1, seconds=1.0, waiting=waiting)
+    assert "hidden states: up to 3.00 MiB waited in 4.00 MiB of ram, 1.00 GiB moved" in str(report)
+    assert json.loads(report.to_json())["waiting"] == {
+        "host_nbytes": 4 << 20,
+        "peak_nbytes": 3 << 20,
+        "moved_nbytes": 1 << 30,
+    }
+    assert report.bytes_moved == 0
 
 
 def test_tally_loses_no_event_of_any_thread() -> None:
