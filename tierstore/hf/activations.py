@@ -59,8 +59,9 @@ def layer_shape(module: nn.Module, *, chunked_mlp: bool, memory: KvMemory | None
             shape,
             fixed_nbytes=fixed,
             context_nbytes=_KNOWN,
-            # as bool, kept and while it is made, and as what is added to scores, once more for queries that share keys
-            masked_nbytes=3 + (1 + group) * dtype.itemsize,
+            # as bool, kept and while it is made, and as what is added to scores, once more for queries that share keys;
+            # and as many numbers of parts wait to be added up
+            masked_nbytes=3 + 4 + (1 + group) * dtype.itemsize,
             masked_least=CHUNK_TOKENS * page_tokens,  # with fewer queries, what is known of each key would count too
         )
     attention = str(getattr(config, "_attn_implementation", None))

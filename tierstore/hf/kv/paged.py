@@ -19,7 +19,7 @@ from tierstore.hf.kv.state import CacheState
 from tierstore.kernels.paged_attention.partial import Partial, combine, merge, partial, shared, working
 from tierstore.kvformats.format import KvFormat
 
-_SUMMED = 1 << 16  # so many numbers of parts wait to be added up at once
+_SUMMED = 1 << 16  # so many numbers of parts wait to be added up at once, at most
 
 
 def attend(
@@ -55,7 +55,7 @@ def attend(
         most = min(masks.pages, max(scratch.numel() // expansion.page_nbytes(shape, dtype.itemsize), 1))
     room = Room(shape, dtype, query.device, scratch)
     asking, rotated = query.to(dtype), None
-    total = _Total(query, value_dim)
+    total = _Total(query, value_dim, min(_SUMMED, state.memory.bound.masked))
     for group in state.reader(layer).groups(layer, room, min(room.most, most)):
         if expansion is not None:
             group = _expanded(group, expansion, form)
@@ -85,10 +85,10 @@ def _expanded(group: Group, expansion: Expansion, form: KvFormat) -> Group:
 
 
 class _Total:
-    """Adds up parts of ``query`` [B, Hq, Lq, key_dim], each of some rows and queries."""
+    """Adds up parts of ``query`` [B, Hq, Lq, key_dim], each of some rows and queries; ``most`` numbers wait."""
 
-    def __init__(self, query: Tensor, value_dim: int) -> None:
-        self._shape, self._value_dim = query.shape[:3], value_dim
+    def __init__(self, query: Tensor, value_dim: int, most: int) -> None:
+        self._shape, self._value_dim, self._most = query.shape[:3], value_dim, most
         self._everyone = tuple(range(query.shape[0]))
         self._device = query.device
         self._whole: list[Partial] = []  # parts of all rows and queries
@@ -101,7 +101,7 @@ class _Total:
     def add(self, rows: tuple[int, ...], queries: slice, found: Partial) -> None:
         if rows == self._everyone and queries.stop - queries.start == self._shape[2]:
             self._whole.append(found)
-            if len(self._whole) * found.out.numel() > _SUMMED:
+            if len(self._whole) * found.out.numel() > self._most:
                 self._whole = [combine(self._whole)]
             return
         if not self._whole:
