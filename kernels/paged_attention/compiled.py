@@ -1,4 +1,4 @@
-"""Attention of one query a row over pages that are not packed, on a CPU: compiled by llvmlite."""
+"""Attention of one query a row over pages where they lie, packed or not, on a CPU: compiled by llvmlite."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tierstore.kernels.kv_pages.layout import CODE_BITS, layout_of
 from tierstore.kernels.machine_code import MachineCode
 from tierstore.kernels.paged_attention.partial import Partial
 
@@ -36,9 +37,45 @@ class Sums(NamedTuple):
     total: Tensor
 
 
+class _Code(NamedTuple):
+    """``thread_floats`` of memory that each thread works with; bytes that a page has of one head."""
+
+    machine: MachineCode
+    thread_floats: int
+    page_nbytes: int
+
+
 def fits(key_dim: int, value_dim: int) -> bool:
     """Whether heads of this size are whole vectors."""
     return key_dim % LANES == value_dim % LANES == 0
+
+
+def decode(
+    q: Tensor,
+    buffer: Tensor,
+    offsets: Tensor,
+    spans: Tensor,
+    *,
+    kv_format: str,
+    heads: int,
+    value_dim: int,
+    page_tokens: int,
+    scale: float,
+    softcap: float | None = None,
+) -> Sums:
+    """``triton.decode`` for ``q`` [S, Hq, 1, Dk] on a CPU where ``can_compile`` and heads ``fits`` say so; for
+    ``combine``, with others.
+
+    Keys and values are not rounded; products and sums are float32. Numbers depend on the pages and their order, not on
+    how many threads compute: as many as torch may use. Raises ``ValueError``.
+    """
+    if kv_format not in CODE_BITS:
+        raise ValueError(f"no packed page is of format {kv_format!r}: there are {', '.join(CODE_BITS)}")
+    if page_tokens % LANES:
+        raise ValueError(f"pages of {page_tokens} tokens: a multiple of {LANES} is needed")
+    _check(q, buffer, (offsets, offsets), spans, heads, value_dim)
+    code = _packed_code(kv_format, heads, q.shape[1] // heads, q.shape[3], value_dim, page_tokens, softcap is not None)
+    return _carry_out(code, q, buffer, (offsets, offsets), spans, heads, value_dim, page_tokens, scale, softcap)
 
 
 def decode_raw(
@@ -55,33 +92,13 @@ def decode_raw(
     scale: float,
     softcap: float | None = None,
 ) -> Sums:
-    """``triton.decode_raw`` for ``q`` [S, Hq, 1, Dk] on a CPU where ``can_compile`` and heads ``fits`` say so; for
-    ``combine``, with others.
-
-    Products and sums are float32. Numbers depend on the pages and their order, not on how many threads compute: as many
-    as torch may use. Raises ``ValueError``.
-    """
-    rows, asked, _, key_dim = q.shape
-    group = asked // max(heads, 1)
-    _check(q, buffer, (key_offsets, value_offsets), spans, dtype, heads, value_dim)
-    pieces = key_offsets.shape[1]
-    if q.numel() == 0 or not pieces:
-        return Sums(*(torch.empty(0, rows, asked, *more) for more in ((value_dim,), (), ())))
-    piece_nbytes = piece_tokens * (key_dim + value_dim) * dtype.itemsize
-    split_pieces = min(max(TASK_NBYTES // piece_nbytes, 1), pieces)
-    splits = -(-pieces // split_pieces)
-    threads = 1 + pieces * rows * heads * piece_nbytes // THREAD_NBYTES
-    threads = min(threads, splits * rows * heads, torch.get_num_threads())
-    queries = (q.float() * (scale if softcap is None else scale / softcap)).contiguous()
-    out, most, total = torch.empty(splits * rows * asked, value_dim), *torch.empty(2, splits, rows, asked).unbind()
-    scores = torch.empty(threads * group * ((piece_tokens + 15) // LANES * LANES))
-    code = _code(DTYPES[dtype], heads, group, key_dim, value_dim, softcap is not None)
-    code.carry_out(
-        threads,
-        *(part.data_ptr() for part in (queries, buffer, key_offsets, value_offsets, spans, out, most, total, scores)),
-        *(_bits(softcap or 0.0), rows, pieces, splits, split_pieces, piece_tokens),
-    )
-    return Sums(out.view(splits, rows, asked, value_dim), most, total)
+    """``decode`` over pieces of pages that are not packed, as ``triton.decode_raw`` says."""
+    if dtype not in DTYPES:
+        raise ValueError(f"pages of {dtype}: one of {', '.join(map(str, DTYPES))} is needed")
+    at = (key_offsets, value_offsets)
+    _check(q, buffer, at, spans, heads, value_dim)
+    code = _raw_code(dtype, heads, q.shape[1] // heads, q.shape[3], value_dim, piece_tokens, softcap is not None)
+    return _carry_out(code, q, buffer, at, spans, heads, value_dim, piece_tokens, scale, softcap)
 
 
 def combine(parts: Sequence[Sums]) -> Partial:
@@ -97,11 +114,56 @@ def combine(parts: Sequence[Sums]) -> Partial:
     return Partial(found.unsqueeze(2), (highest + total.log()).unsqueeze(2))
 
 
-@lru_cache(maxsize=32)
-def _code(element: str, heads: int, group: int, key_dim: int, value_dim: int, capped: bool) -> MachineCode:
-    from tierstore.kernels.paged_attention.vector import Shape, write
+def _carry_out(
+    code: _Code,
+    q: Tensor,
+    buffer: Tensor,
+    at: tuple[Tensor, Tensor],
+    spans: Tensor,
+    heads: int,
+    value_dim: int,
+    page_tokens: int,
+    scale: float,
+    softcap: float | None,
+) -> Sums:
+    rows, asked, pages = q.shape[0], q.shape[1], at[0].shape[1]
+    if q.numel() == 0 or not pages:
+        return Sums(*(torch.empty(0, rows, asked, *more) for more in ((value_dim,), (), ())))
+    split_pages = min(max(TASK_NBYTES // code.page_nbytes, 1), pages)
+    splits = -(-pages // split_pages)
+    threads = 1 + pages * rows * heads * code.page_nbytes // THREAD_NBYTES
+    threads = min(threads, splits * rows * heads, torch.get_num_threads())
+    queries = (q.float() * (scale if softcap is None else scale / softcap)).contiguous()
+    out, most, total = torch.empty(splits * rows * asked, value_dim), *torch.empty(2, splits, rows, asked).unbind()
+    scratch = torch.empty(threads * code.thread_floats)
+    code.machine.carry_out(
+        threads,
+        *(part.data_ptr() for part in (queries, buffer, *at, spans, out, most, total, scratch)),
+        *(_bits(softcap or 0.0), rows, pages, splits, split_pages, page_tokens, code.thread_floats),
+    )
+    return Sums(out.view(splits, rows, asked, value_dim), most, total)
 
-    return MachineCode(write(Shape(element, heads, group, key_dim, value_dim, capped)))
+
+@lru_cache(maxsize=32)
+def _packed_code(
+    kv_format: str, heads: int, group: int, key_dim: int, value_dim: int, page_tokens: int, capped: bool
+) -> _Code:
+    from tierstore.kernels.paged_attention.vector_packed import PackedAttention
+
+    made = PackedAttention(kv_format, heads, group, key_dim, value_dim, page_tokens=page_tokens, capped=capped)
+    nbytes = layout_of(kv_format, heads, page_tokens, key_dim, value_dim).nbytes
+    return _Code(MachineCode(made.write()), made.thread_floats, nbytes // heads)
+
+
+@lru_cache(maxsize=32)
+def _raw_code(
+    dtype: torch.dtype, heads: int, group: int, key_dim: int, value_dim: int, piece_tokens: int, capped: bool
+) -> _Code:
+    from tierstore.kernels.paged_attention.vector_raw import RawAttention
+
+    made = RawAttention(DTYPES[dtype], heads, group, key_dim, value_dim, capped=capped)
+    nbytes = piece_tokens * (key_dim + value_dim) * dtype.itemsize
+    return _Code(MachineCode(made.write()), made.thread_floats(piece_tokens), nbytes)
 
 
 def _bits(value: float) -> int:
@@ -109,9 +171,7 @@ def _bits(value: float) -> int:
     return int.from_bytes(struct.pack("<f", value), "little")
 
 
-def _check(
-    q: Tensor, buffer: Tensor, at: tuple[Tensor, Tensor], spans: Tensor, dtype: torch.dtype, heads: int, value_dim: int
-) -> None:
+def _check(q: Tensor, buffer: Tensor, at: tuple[Tensor, Tensor], spans: Tensor, heads: int, value_dim: int) -> None:
     rows, asked, length, key_dim = q.shape
     if length > 1:
         raise ValueError(f"{length} queries a row: one is needed")
@@ -119,8 +179,6 @@ def _check(
         raise ValueError(f"{asked} heads of queries for {heads} of keys: a multiple is needed")
     if not fits(key_dim, value_dim):
         raise ValueError(f"heads of {key_dim} keys and {value_dim} values: multiples of {LANES} are needed")
-    if dtype not in DTYPES:
-        raise ValueError(f"pages of {dtype}: one of {', '.join(map(str, DTYPES))} is needed")
     if any(part.device.type != "cpu" for part in (q, buffer, *at, spans)):
         raise ValueError("the query, the pages and their places: all in host memory are needed")
     if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous():

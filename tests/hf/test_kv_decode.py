@@ -130,7 +130,7 @@ def test_compiled_kernels_say_what_torch_says(
     nvme = 1 << 24
     found = []
     for engaged in (None, counted):
-        kv_hbm = 3 * smallest(model, format, kv_nvme=nvme)
+        kv_hbm = (3 if format else 2) * smallest(model, format, kv_nvme=nvme)
         with paged(model, tmp_path, format=format, kv_hbm=kv_hbm, kv_nvme=nvme) as made, torch.no_grad():
             monkeypatch.setattr(decoding, "kernels_for", lambda device, these=engaged: these)
             model(**rows, cache=made.cache)

@@ -22,8 +22,8 @@ _WAVES = 64
 
 
 def kernels_for(device: torch.device) -> Any:
-    """The module of kernels for ``device``, with ``decode_raw``, ``combine`` and perhaps ``decode``; None where nothing
-    is there to compile them."""
+    """The module of kernels for ``device``, as ``paged_attention.triton`` is one; None where nothing is there to
+    compile them."""
     if device.type == "cuda" and find_spec("triton") is not None:
         from tierstore.kernels.paged_attention import triton
 
@@ -45,8 +45,6 @@ def decodable(state: CacheState, layer: int, query: Tensor, mask: Tensor | None)
     kernels, cells = kernels_for(query.device), state.kind_of(layer).cells
     if kernels is None or not kernels.fits(cells.shape.key_dim, cells.shape.value_dim):
         return None
-    if cells.raw_dtype is None and not hasattr(kernels, "decode"):
-        return None
     window = math.inf if mask is None else mask.window if isinstance(mask, LazyMask) else None
     if window is None:
         return None
@@ -67,25 +65,42 @@ def decode(
     kernels, cells = kernels_for(query.device), state.kind_of(layer).cells
     shape, form = cells.shape, cells.form
     options: dict[str, Any] = {"heads": shape.heads, "value_dim": shape.value_dim, "scale": scale, "softcap": softcap}
-    whole: list[Partial] = []
-    found: list[Any] = []
+    plain, packed = _Parts(kernels), _Parts(kernels)
+    rotated: Tensor | None = None
     for source in state.reader(layer).sources(layer):
         places = source.places()
         keys, values, spans = _tables(state, layer, source, places, starts)
         if source.packed and cells.raw_dtype is None:
+            if rotated is None:
+                rotated = form.rotate_query(query if query.is_cuda else query.float())
             how = options | {"kv_format": form.name, "page_tokens": shape.page_tokens}
-            part = kernels.decode(form.rotate_query(query), places.buffer, keys, spans, **how)
-            found.append(Partial(form.unrotate_output(part[0]), part[1]))
+            packed.add(kernels.decode(rotated, places.buffer, keys, spans, **how))
         else:
             how = options | {"dtype": cells.raw_dtype if source.packed else cells.dtype}
             how["piece_tokens"] = places.piece_tokens
-            found.append(kernels.decode_raw(query, places.buffer, keys, values, spans, **how))
-        if len(found) == _WAVES:
-            whole, found = [*whole, kernels.combine(found)], []
-    if found:
-        whole.append(kernels.combine(found))
-    assert whole, "the query's own token is in a page"
-    return combine(whole)
+            plain.add(kernels.decode_raw(query, places.buffer, keys, values, spans, **how))
+    found = [Partial(form.unrotate_output(part.out), part.lse) for part in packed.whole()] + plain.whole()
+    assert found, "the query's own token is in a page"
+    return combine(found)
+
+
+class _Parts:
+    """What kernels found in pages that came, until all have come."""
+
+    def __init__(self, kernels: Any) -> None:
+        self._kernels = kernels
+        self._whole: list[Partial] = []
+        self._parts: list[Any] = []
+
+    def add(self, part: Any) -> None:
+        self._parts.append(part)
+        if len(self._parts) == _WAVES:
+            self._whole, self._parts = self.whole(), []
+
+    def whole(self) -> list[Partial]:
+        """All of it as one part; none if there was nothing."""
+        found = self._whole + ([self._kernels.combine(self._parts)] if self._parts else [])
+        return [combine(found)] if found else []
 
 
 def _tables(
