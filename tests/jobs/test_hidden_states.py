@@ -89,10 +89,11 @@ def test_texts_by_themselves(tiny_checkpoint: Path, tmp_path: Path, request: pyt
 
 
 def test_room_is_for_jobs_that_can_use_it() -> None:
-    given: dict[str, Any] = {"weights_nbytes": 1 << 30, "tokens": 10_000.5, "token_nbytes": 8192}
+    given: dict[str, Any] = {"weights": [1 << 29, 1 << 28, 1 << 28], "tokens": 10_000.5, "token_nbytes": 8192}
     whole = 10_001 * 8192 * WIDTHS
     assert room_for_states(1 << 20, 1 << 40, **given) == StatesRoom((1 << 20) // SHARE, whole)
-    assert room_for_states(1 << 20, 1 << 30, **given) == StatesRoom((1 << 20) // SHARE, (1 << 30) // SHARE)
+    assert room_for_states(1 << 20, 1 << 34, **given) == StatesRoom((1 << 20) // SHARE, (1 << 34) // SHARE)
     assert room_for_states(SHARE * whole, 1 << 40, **given) == StatesRoom(whole, 0)
-    assert room_for_states(1 << 20, 1 << 40, **given | {"weights_nbytes": 1 << 19}).host_nbytes == 0
-    assert room_for_states(1 << 20, 0, **given).host_nbytes == 0
+    assert room_for_states(1 << 20, 1 << 40, **given | {"weights": [1 << 18] * 2}).host_nbytes == 0
+    for ram, host_nbytes in ((0, 0), (1 << 30, 0), ((1 << 30) + 99, 99)):  # what the largest tensor passes through
+        assert room_for_states(1 << 20, ram, **given).host_nbytes == host_nbytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from tierstore.binding.aside import Counted, Waits
+from tierstore.composing import UNIT_NBYTES
 from tierstore.hf.batch.slices import Slice
 from tierstore.jobs.splitting import LARGEST_PART
 from tierstore.waiting_plan import SHARE, WaitingPlan, WaitingRoom
@@ -30,14 +31,18 @@ class StatesRoom:
     host_nbytes: int
 
 
-def room_for_states(hbm: int, ram: int, *, weights_nbytes: int, tokens: float, token_nbytes: int) -> StatesRoom:
+def room_for_states(hbm: int, ram: int, *, weights: Collection[int], tokens: float, token_nbytes: int) -> StatesRoom:
     """A fixed share of ``hbm``, and one of ``ram`` where the ``tokens`` of a job, of which each has a hidden state of
     ``token_nbytes``, may need it: where more of them wait at once than there is room for on the device, because
-    ``weights_nbytes`` are fetched piece by piece, as they do not fit beside a KV cache that takes half."""
-    device_nbytes = hbm // SHARE
+    tensors of ``weights`` bytes are fetched piece by piece, as they do not fit beside a KV cache that takes half.
+
+    What weights pass through on their way from disk is left to them in any case."""
+    device_nbytes, weights_nbytes = hbm // SHARE, sum(weights)
+    unit_nbytes = max([min(UNIT_NBYTES, hbm // 8), *weights])
+    spare = max(ram - 2 * unit_nbytes, 0)
     most = ceil(tokens) * token_nbytes * WIDTHS
     none = most <= device_nbytes or weights_nbytes <= hbm - hbm // LARGEST_PART
-    return StatesRoom(device_nbytes, 0 if none else min(ram // SHARE, most))
+    return StatesRoom(device_nbytes, 0 if none else min(ram // SHARE, spare, most))
 
 
 class HiddenStates:

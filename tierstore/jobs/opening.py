@@ -126,12 +126,12 @@ class _Opening:
         self._alone = why_not_tokens(module)
         budget, form = self._beside_draft(longest), settings.kv_format
         sequences = min(self._job.sequences, settings.sequences or self._job.sequences)
-        weights_nbytes = sum(piece.extent.nbytes for pieces in checkpoint.pieces.values() for piece in pieces)
+        weights = [sum(piece.extent.nbytes for piece in pieces) for pieces in checkpoint.pieces.values()]
         if not self._unified:
             self._states = room_for_states(
                 budget.hbm,
                 budget.ram,
-                weights_nbytes=weights_nbytes,
+                weights=weights,
                 tokens=sequences * self._job.prompt_tokens,
                 token_nbytes=int(getattr(text, "hidden_size", 1)) * dtype_of(module).itemsize,
             )
@@ -146,7 +146,7 @@ class _Opening:
         elif not budget.kv_hbm:
             kinds = page_kinds(layers_of(module), dtype_of(module), kv_format(form, dtype_of(module)))
             tokens = self._job.prompt_tokens + self._job.new_tokens
-            needs = KvNeeds(kinds, sequences, tokens, longest, weights_nbytes)
+            needs = KvNeeds(kinds, sequences, tokens, longest, sum(weights))
             split = split_budget(needs, budget.hbm, budget.ram, budget.kv_nvme, unified=self._unified)
             self._notes.append(split.reason)
             kv: Any = {"kv_hbm": split.kv_hbm, "kv_ram": split.kv_ram, "kv_nvme": budget.kv_nvme}
