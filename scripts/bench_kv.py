@@ -71,7 +71,7 @@ class Bench:
         compute, wall, fio = [], [], []
         for _ in range(1 if self._smoke else 3):
             say("decode, all in memory")
-            compute += self._decode(roomy, lambda: None)["seconds"]
+            compute += self._decode(roomy)["seconds"]
             say(f"decode, {BELOW:.0%} on disk")
             found = self._decode(tight, laps.run)
             wall += found["seconds"]
@@ -94,7 +94,7 @@ class Bench:
         ) as session:
             yield session
 
-    def _decode(self, kv: dict[str, int], between: Callable[[], None]) -> dict[str, Any]:
+    def _decode(self, kv: dict[str, int], between: Callable[[], None] = lambda: None) -> dict[str, Any]:
         with self._session(kv) as session:
             self._decoder.fill(session.kv, self._tokens, self._device)
             return decode(session, _timed, warm=WARM, steps=STEPS, between=between)

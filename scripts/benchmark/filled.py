@@ -52,7 +52,12 @@ class Decoder:
 
 
 def decode(
-    session: Any, timed: Callable[[Callable[[], None]], float], *, warm: int, steps: int, between: Callable[[], None]
+    session: Any,
+    timed: Callable[[Callable[[], None]], float],
+    *,
+    warm: int,
+    steps: int,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Seconds of each steady step of ``session``'s model with its filled cache, and bytes that one of them read.
     Before each of them comes ``between``."""
