@@ -239,11 +239,12 @@ class Ring:
                 return
 
     def _arrived(self, visit: int, wanted: dict[Cell, None]) -> Wave | None:
-        """What was fetched for the visit first, once it is there, and what has come meanwhile, up to half the ring."""
+        """What was fetched for the visit first, once it is there, and what has come meanwhile, up to about a quarter of
+        the ring: the rest of it is on its way."""
         pages: list[int] = []
         offsets: list[int] = []
         while self._queue and self._queue[0].visit == visit:
-            if self._held and (2 * len(self._held) >= self._slots.count or not self._queue[0].fence.done()):
+            if self._held and (4 * len(self._held) >= self._slots.count or not self._queue[0].fence.done()):
                 break
             fetch = self._queue.popleft()
             cells = [(cell, at) for cell, at in zip(fetch.cells, fetch.offsets, strict=True) if cell in wanted]
