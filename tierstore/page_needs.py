@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tierstore.errors import PlanError
 from tierstore.page_plan import SECTOR, KindPlan, PageKind, build_page_plan
 
-__all__ = ["PageNeed", "enough_hbm", "has_room"]
+__all__ = ["PageNeed", "advice", "enough_hbm", "has_room"]
 
 _MOST = 1 << 50
 """Bytes that no device has."""
@@ -25,6 +25,12 @@ class PageNeed:
     tokens: int
     whole: bool = False
     beside: tuple[int, ...] = ()
+
+
+def advice(kv_hbm: int, rows: int, tokens: int) -> str:
+    """The end of an error: which ``kv_hbm`` is enough for ``rows`` sequences of up to ``tokens`` tokens."""
+    sequences = "1 sequence" if rows == 1 else f"{rows} sequences"
+    return f"; raise Budget.kv_hbm to {kv_hbm} bytes for {sequences} of up to {tokens} tokens"
 
 
 def has_room(plan: KindPlan, need: PageNeed, beside: int = 0, *, below: bool = True) -> bool:

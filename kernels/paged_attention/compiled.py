@@ -42,7 +42,7 @@ class _Code(NamedTuple):
 
     machine: MachineCode
     thread_floats: int
-    page_nbytes: int
+    head_nbytes: int
 
 
 def fits(key_dim: int, value_dim: int) -> bool:
@@ -75,7 +75,7 @@ def decode(
         raise ValueError(f"pages of {page_tokens} tokens: a multiple of {LANES} is needed")
     _check(q, buffer, (offsets, offsets), spans, heads, value_dim)
     code = _packed_code(kv_format, heads, q.shape[1] // heads, q.shape[3], value_dim, page_tokens, softcap is not None)
-    return _carry_out(code, q, buffer, (offsets, offsets), spans, heads, value_dim, page_tokens, scale, softcap)
+    return _carry_out(code, q, buffer, (offsets, offsets), spans, heads, value_dim, scale, softcap)
 
 
 def decode_raw(
@@ -98,7 +98,7 @@ def decode_raw(
     at = (key_offsets, value_offsets)
     _check(q, buffer, at, spans, heads, value_dim)
     code = _raw_code(dtype, heads, q.shape[1] // heads, q.shape[3], value_dim, piece_tokens, softcap is not None)
-    return _carry_out(code, q, buffer, at, spans, heads, value_dim, piece_tokens, scale, softcap)
+    return _carry_out(code, q, buffer, at, spans, heads, value_dim, scale, softcap)
 
 
 def combine(parts: Sequence[Sums]) -> Partial:
@@ -122,16 +122,15 @@ def _carry_out(
     spans: Tensor,
     heads: int,
     value_dim: int,
-    page_tokens: int,
     scale: float,
     softcap: float | None,
 ) -> Sums:
     rows, asked, pages = q.shape[0], q.shape[1], at[0].shape[1]
     if q.numel() == 0 or not pages:
         return Sums(*(torch.empty(0, rows, asked, *more) for more in ((value_dim,), (), ())))
-    split_pages = min(max(TASK_NBYTES // code.page_nbytes, 1), pages)
+    split_pages = min(max(TASK_NBYTES // code.head_nbytes, 1), pages)
     splits = -(-pages // split_pages)
-    threads = 1 + pages * rows * heads * code.page_nbytes // THREAD_NBYTES
+    threads = 1 + pages * rows * heads * code.head_nbytes // THREAD_NBYTES
     threads = min(threads, splits * rows * heads, torch.get_num_threads())
     queries = (q.float() * (scale if softcap is None else scale / softcap)).contiguous()
     out, most, total = torch.empty(splits * rows * asked, value_dim), *torch.empty(2, splits, rows, asked).unbind()
@@ -139,7 +138,7 @@ def _carry_out(
     code.machine.carry_out(
         threads,
         *(part.data_ptr() for part in (queries, buffer, *at, spans, out, most, total, scratch)),
-        *(_bits(softcap or 0.0), rows, pages, splits, split_pages, page_tokens, code.thread_floats),
+        *(_bits(softcap or 0.0), rows, pages, splits, split_pages),
     )
     return Sums(out.view(splits, rows, asked, value_dim), most, total)
 
@@ -161,9 +160,10 @@ def _raw_code(
 ) -> _Code:
     from tierstore.kernels.paged_attention.vector_raw import RawAttention
 
-    made = RawAttention(DTYPES[dtype], heads, group, key_dim, value_dim, capped=capped)
+    element = DTYPES[dtype]
+    made = RawAttention(element, heads, group, key_dim, value_dim, page_tokens=piece_tokens, capped=capped)
     nbytes = piece_tokens * (key_dim + value_dim) * dtype.itemsize
-    return _Code(MachineCode(made.write()), made.thread_floats(piece_tokens), nbytes)
+    return _Code(MachineCode(made.write()), made.thread_floats, nbytes)
 
 
 def _bits(value: float) -> int:

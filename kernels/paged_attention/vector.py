@@ -18,13 +18,13 @@ from tierstore.kernels.vector_code import F32, FLOATS, I8, I32, I64, INTS, LANES
 
 FIELDS = (
     *("queries", "buffer", "keys", "values", "spans", "out", "most", "total", "scratch", "cap"),
-    *("rows", "pages", "splits", "split_pages", "page_tokens", "thread_floats"),
+    *("rows", "pages", "splits", "split_pages"),
 )
 """Of a job, 64 bits each: addresses, the softcap as the bits of a float32, then counts. Behind them are the number of
 the first task that nobody has begun, and that of the threads that have begun.
 
-``queries`` float32 [rows, heads, group, key_dim], scaled; ``buffer`` bytes, in which pages of ``page_tokens`` tokens
-have their keys at bytes ``keys`` and their values at ``values``, int64 [rows, pages]; ``spans`` int32 [rows, 2]. To
+``queries`` float32 [rows, heads, group, key_dim], scaled; ``buffer`` bytes, in which pages have
+their keys at bytes ``keys`` and their values at ``values``, int64 [rows, pages]; ``spans`` int32 [rows, 2]. To
 ``out`` float32 [splits, rows, heads, group, value_dim] comes the sum of values, each times the exponential of its score
 less ``most``; to ``total`` the sum of these exponentials, both float32 [splits, rows, heads, group]. ``scratch`` is
 memory to work with, ``thread_floats`` of float32 for each thread."""
@@ -35,18 +35,23 @@ NARROWEST = -3.0e38
 CACHE_LINE = 64
 
 
-def scores_room(page_tokens: int) -> int:
-    """Floats for the scores of a query in a page, and for what is read behind them."""
-    return (page_tokens + 2 * LANES - 1) // LANES * LANES
-
-
 class Attention(ABC):
     """Writes ``attend(job)``: the tasks that nobody has begun, until there are none. Of the keys there are ``heads``,
-    each of which ``group`` queries read. ``capped``: scores have a softcap."""
+    each of which ``group`` queries read; a page has ``page_tokens``. ``capped``: scores have a softcap."""
 
-    def __init__(self, heads: int, group: int, key_dim: int, value_dim: int, *, capped: bool) -> None:
+    def __init__(self, heads: int, group: int, key_dim: int, value_dim: int, *, page_tokens: int, capped: bool) -> None:
         self.heads, self.group, self.key_dim, self.value_dim = heads, group, key_dim, value_dim
-        self._capped = capped
+        self.page_tokens, self._capped = page_tokens, capped
+
+    @property
+    def score_floats(self) -> int:
+        """For the scores of a query in a page, and for what is read behind them."""
+        return (self.page_tokens + 2 * LANES - 1) // LANES * LANES
+
+    @property
+    def thread_floats(self) -> int:
+        """Of memory that a thread works with: scores of all queries first."""
+        return self.group * self.score_floats
 
     def write(self) -> ir.Module:
         """A module of ``carry_out``."""
@@ -58,8 +63,7 @@ class Attention(ABC):
         self.field = field = {name: code.load(code.gep(job, [code.word(at)])) for at, name in enumerate(FIELDS)}
         word = code.word
         thread = code.atomic_rmw("add", code.gep(job, [word(len(FIELDS) + 1)]), word(1), "monotonic")
-        self.scratch = code.gep(code.pointer(field["scratch"], F32), [code.mul(thread, field["thread_floats"])])
-        self._score_room = code.and_(code.add(field["page_tokens"], word(2 * LANES - 1)), word(-LANES))
+        self._scratch = code.gep(code.pointer(field["scratch"], F32), [code.mul(thread, word(self.thread_floats))])
         tasks = code.mul(code.mul(field["splits"], field["rows"]), word(self.heads))
         begin, work, end = (function.append_basic_block(name) for name in ("begin", "work", "end"))
         code.branch(begin)
@@ -79,9 +83,13 @@ class Attention(ABC):
         """Attention over ``count`` tokens from ``low`` on of a page whose keys and values are at these addresses: the
         scores, ``weigh`` for each query, and the sum of values to ``out_of``."""
 
+    def scratch(self, at: int) -> Any:
+        """What the thread works with, from float ``at`` on."""
+        return self.code.gep(self._scratch, [self.code.word(at)])
+
     def scores_of(self, query: int) -> Any:
         """Where the scores of a query are."""
-        return self.code.gep(self.scratch, [self.code.mul(self.code.word(query), self._score_room)])
+        return self.scratch(query * self.score_floats)
 
     def out_of(self, query: int) -> Any:
         """Where the values of a query are summed."""
@@ -150,7 +158,7 @@ class Attention(ABC):
         first = code.mul(split, field["split_pages"])
         with code.loop(field["split_pages"]) as number:
             page = code.add(first, number)
-            begins = code.mul(page, field["page_tokens"])
+            begins = code.mul(page, word(self.page_tokens))
             low = self._between(code.sub(start, begins))
             count = code.sub(self._between(code.sub(stop, begins)), low)
             there = code.and_(code.icmp_unsigned("<", page, field["pages"]), code.icmp_signed(">", count, word(0)))
@@ -164,7 +172,7 @@ class Attention(ABC):
 
     def _between(self, tokens: Any) -> Any:
         """The number, or the nearest that a page has."""
-        code, most = self.code, self.field["page_tokens"]
+        code, most = self.code, self.code.word(self.page_tokens)
         tokens = code.select(code.icmp_signed("<", tokens, code.word(0)), code.word(0), tokens)
         return code.select(code.icmp_signed(">", tokens, most), most, tokens)
 

@@ -12,7 +12,7 @@ from typing import Any
 from llvmlite import ir
 
 from tierstore.kernels.kv_pages.layout import BY_TOKEN, CODE_BITS, layout_of
-from tierstore.kernels.paged_attention.vector import Attention, parts, scores_room
+from tierstore.kernels.paged_attention.vector import Attention, parts
 from tierstore.kernels.vector_code import F32, FLOATS, I8, I16, I32, INTS, LANES
 
 AT_ONCE = 6
@@ -36,8 +36,7 @@ class PackedAttention(Attention):
         page_tokens: int,
         capped: bool = False,
     ) -> None:
-        super().__init__(heads, group, key_dim, value_dim, capped=capped)
-        self._tokens, self._room = page_tokens, scores_room(page_tokens)
+        super().__init__(heads, group, key_dim, value_dim, page_tokens=page_tokens, capped=capped)
         self._layout = layout_of(kv_format, heads, page_tokens, key_dim, value_dim)
         self._bits, self._by_token = CODE_BITS[kv_format], kv_format in BY_TOKEN
         self._float = {"fp8": 120, "fp4": 126}.get(kv_format)  # bits are read as float32 with exponents so much lower
@@ -45,17 +44,17 @@ class PackedAttention(Attention):
 
     @property
     def thread_floats(self) -> int:
-        """Of memory to work with."""
-        return 2 * self.group * self._room + self.group * self.key_dim
+        """Behind the scores, of all queries the weights of tokens, and then the queries times scales."""
+        return self.group * (2 * self.score_floats + self.key_dim)
 
     def page(self, queries: Any, keys: Any, values: Any, head: Any, low: Any, count: Any) -> None:
-        code, layout, tokens = self.code, self._layout, self.code.word(self._tokens)
+        code, layout, tokens = self.code, self._layout, self.code.word(self.page_tokens)
         keys, values = (code.pointer(address, I8) for address in (keys, values))
-        rows = self._tokens // self._fold
+        rows = self.page_tokens // self._fold
         key_codes = self._part(keys, layout.key_codes, head, rows * self.key_dim)
         value_codes = self._part(values, layout.value_codes, head, rows * self.value_dim)
         if self._by_token:
-            scales = self._part(keys, layout.key_scales, head, 2 * self._tokens, I16)
+            scales = self._part(keys, layout.key_scales, head, 2 * self.page_tokens, I16)
             self._score(queries, key_codes, value_codes)
         else:
             scales = self._part(keys, layout.key_scales, head, 4 * self.key_dim, I16)
@@ -100,12 +99,11 @@ class PackedAttention(Attention):
         return found
 
     def _scaled(self, query: int) -> Any:
-        at = 2 * self.group * self._room + query * self.key_dim
-        return self.code.gep(self.scratch, [self.code.word(at)])
+        return self.scratch(2 * self.group * self.score_floats + query * self.key_dim)
 
     def _score(self, queries: Any, keys: Any, values: Any) -> None:
         """Products of queries and codes, of all tokens of the page. Codes of values are asked for meanwhile."""
-        code, height = self.code, self._tokens // self._fold
+        code, height = self.code, self.page_tokens // self._fold
         with code.loop(code.word(height)) as row:
             own = code.gep(keys, [code.mul(row, code.word(self.key_dim))])
             self.ask_for(code.gep(values, [code.mul(row, code.word(self.value_dim))]), self.value_dim)
@@ -138,11 +136,10 @@ class PackedAttention(Attention):
     def _sum(self, values: Any, codes: Any, head: Any, low: Any, count: Any, shares: Sequence[Any]) -> None:
         """Add the values, each times its exponential, to what earlier sums are worth."""
         code, layout = self.code, self._layout
-        pairs = 1 if self._by_token else 2
-        scales = self._part(values, layout.value_scales, head, 2 * pairs * self._tokens, I16)
+        scales = self._part(values, layout.value_scales, head, (2 if self._by_token else 4) * self.page_tokens, I16)
         first = self._part(values, layout.value_first, head, 2 * self.value_dim, I16)
         added = [self._weights(query, scales, low, count) for query in range(self.group)]
-        for dims in parts(range(0, self.value_dim, LANES), max(1, BLOCK // LANES)):
+        for dims in parts(range(0, self.value_dim, LANES), BLOCK // LANES):
             for query in range(self.group):
                 sums = {at: code.alloca_once(FLOATS) for at in dims}
                 for at, place in sums.items():
@@ -151,7 +148,7 @@ class PackedAttention(Attention):
                         zeros, kept = added[query]
                         before = self.fused(kept, code.read_floats(first, code.word(at)), code.fadd(before, zeros))
                     code.store(before, place)
-                with code.loop(code.word(self._tokens // self._fold)) as row:
+                with code.loop(code.word(self.page_tokens // self._fold)) as row:
                     own = code.gep(codes, [code.mul(row, code.word(self.value_dim))])
                     weights = [self._weight(query, row, piece) for piece in range(self._fold)]
                     for at, place in sums.items():
@@ -167,10 +164,10 @@ class PackedAttention(Attention):
         zeros give, and the exponential of the token that is kept as it is."""
         code, scores, weights = self.code, self.scores_of(query), self._weights_of(query)
         nothing = code.all_of(FLOATS, 0.0)
-        zeros = code.gep(scales, [code.word(self._tokens)])
+        zeros = code.gep(scales, [code.word(self.page_tokens)])
         total = code.alloca_once(FLOATS)
         code.store(nothing, total)
-        with code.loop(code.word(self._tokens), LANES) as token:
+        with code.loop(code.word(self.page_tokens), LANES) as token:
             seen = self._seen(token, low, count)
             if not self._by_token:
                 seen = code.and_(seen, self._behind_first(token))
@@ -183,7 +180,7 @@ class PackedAttention(Attention):
         return code.splat(code.reduced([code.load(total)]), LANES), code.splat(kept, LANES)
 
     def _weights_of(self, query: int) -> Any:
-        return self.code.gep(self.scratch, [self.code.word((self.group + query) * self._room)])
+        return self.scratch((self.group + query) * self.score_floats)
 
     def _weight(self, query: int, row: Any, piece: int) -> Any:
         return self.code.splat(self.code.load(self._of_token(self._weights_of(query), row, piece)), LANES)
@@ -199,7 +196,7 @@ class PackedAttention(Attention):
     def _of_token(self, floats: Any, row: Any, piece: int) -> Any:
         """Of codes in one byte, each is that of a token so many rows on."""
         code = self.code
-        return code.gep(floats, [code.add(row, code.word(piece * (self._tokens // self._fold)))])
+        return code.gep(floats, [code.add(row, code.word(piece * (self.page_tokens // self._fold)))])
 
     def _seen(self, token: Any, low: Any, count: Any) -> Any:
         """Which of 8 tokens from ``token`` on a query sees."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from tierstore.kernels.paged_attention.vector import Attention, parts, scores_room
+from tierstore.kernels.paged_attention.vector import Attention, parts
 from tierstore.kernels.vector_code import F32, FLOATS, I16, LANES
 
 ELEMENTS = {"bfloat16": (I16, 2), "float16": (ir.HalfType(), 2), "float32": (F32, 4)}
@@ -26,14 +26,18 @@ class RawAttention(Attention):
     """Over pages of ``element``: "bfloat16", "float16" or "float32"."""
 
     def __init__(
-        self, element: str, heads: int, group: int, key_dim: int, value_dim: int, *, capped: bool = False
+        self,
+        element: str,
+        heads: int,
+        group: int,
+        key_dim: int,
+        value_dim: int,
+        *,
+        page_tokens: int,
+        capped: bool = False,
     ) -> None:
-        super().__init__(heads, group, key_dim, value_dim, capped=capped)
+        super().__init__(heads, group, key_dim, value_dim, page_tokens=page_tokens, capped=capped)
         self._element, self._itemsize = ELEMENTS[element]
-
-    def thread_floats(self, page_tokens: int) -> int:
-        """Of memory to work with."""
-        return self.group * scores_room(page_tokens)
 
     def page(self, queries: Any, keys: Any, values: Any, head: Any, low: Any, count: Any) -> None:
         keys, values = (

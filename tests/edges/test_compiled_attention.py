@@ -237,7 +237,10 @@ def test_it_can_be_compiled_for_many_processors(cpu: str) -> None:
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
     target = binding.Target.from_triple("x86_64-unknown-linux-gnu").create_target_machine(cpu=cpu, opt=3)
-    raw = [RawAttention(element, 2, 3, 64, 40, capped=element == "float16") for element in compiled.DTYPES.values()]
+    raw = [
+        RawAttention(element, 2, 3, 64, 40, page_tokens=64, capped=element == "float16")
+        for element in compiled.DTYPES.values()
+    ]
     packed = [PackedAttention(form, 2, 3, 64, 40, page_tokens=64) for form in CODE_BITS]
     for written in (*raw, *packed):
         module = binding.parse_assembly(str(written.write()))

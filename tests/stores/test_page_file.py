@@ -245,10 +245,8 @@ def test_a_run_lies_between_the_live_cells_of_others(tmp_path: Path, phase: int)
         assert (store.free_nbytes, store.dead_nbytes) == (store.capacity_nbytes // 4096 * 4096, 0)
 
 
-def test_a_cell_is_written_only_when_the_one_before_it_was_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As ``test_space_is_written_anew_only_when_it_was_read``, for a hole in a run that lives on."""
+def reads_sit_still(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Reads wait for a while, or for the next write, from now on; set when one has begun."""
     reading, written = threading.Event(), threading.Event()
     plain_read, plain_write = os.preadv, os.pwrite
 
@@ -262,10 +260,18 @@ def test_a_cell_is_written_only_when_the_one_before_it_was_read(
         written.set()
         return done
 
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    return reading
+
+
+def test_a_cell_is_written_only_when_the_one_before_it_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``test_space_is_written_anew_only_when_it_was_read``, for a hole in a run that lives on."""
     with page_file(tmp_path, cell=8192, cells=2) as store:  # 6 blocks
         run, data = put(store, 3)
-        monkeypatch.setattr(os, "preadv", preadv)
-        monkeypatch.setattr(os, "pwrite", pwrite)
+        reading = reads_sit_still(monkeypatch)
         into = torch.zeros_like(data)
         fence = store.read([CellRead(run, 0, 3, into)])
         reading.wait()
@@ -307,23 +313,9 @@ def test_a_full_disk_costs_one_run(tmp_path: Path, limit: int, phase: int) -> No
 
 def test_space_is_written_anew_only_when_it_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The read sits still for a while; were the next run's write not to wait for it, it would go on at once."""
-    reading, written = threading.Event(), threading.Event()
-    plain_read, plain_write = os.preadv, os.pwrite
-
-    def preadv(fd: int, buffers: Sequence[memoryview], offset: int, *flags: int) -> int:
-        reading.set()
-        written.wait(0.2)
-        return plain_read(fd, buffers, offset, *flags)
-
-    def pwrite(fd: int, view: memoryview, offset: int) -> int:
-        done = plain_write(fd, view, offset)
-        written.set()
-        return done
-
     with page_file(tmp_path, cells=4) as store:
         run, data = put(store, 4)
-        monkeypatch.setattr(os, "preadv", preadv)
-        monkeypatch.setattr(os, "pwrite", pwrite)
+        reading = reads_sit_still(monkeypatch)
         into = torch.zeros_like(data)
         fence = store.read([CellRead(run, 0, 4, into)])
         reading.wait()

@@ -19,6 +19,7 @@ from tierstore.extents import align_up
 from tierstore.jobs.engine import Model
 from tierstore.jobs.hidden_states import HiddenStates, StatesRoom
 from tierstore.jobs.probing import probe
+from tierstore.page_needs import advice
 from tierstore.plan import Links
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def prepare_alone(
         shares=False,
         exact=False,
         speculates=model.speculates,
-        enough=lambda tokens: _enough_alone(align_up(tokens, room.page_tokens) * each_token, tokens),
+        enough=lambda tokens: advice(align_up(tokens, room.page_tokens) * each_token, 1, tokens),
         why=why,
     )
 
@@ -217,10 +218,6 @@ def token_nbytes(module: nn.Module) -> int:
         config: Any = module.config
         text = config.get_text_config(decoder=True)
         return 2 * int(getattr(text, "num_hidden_layers", 1)) * int(getattr(text, "hidden_size", 1)) * size
-
-
-def _enough_alone(nbytes: int, tokens: int) -> str:
-    return f"; raise Budget.kv_hbm to {nbytes} bytes for 1 sequence of up to {tokens} tokens"
 
 
 def _limits(tokens: int, micro_batches: int, sequences: int, room: Capacity) -> Limits:

@@ -120,7 +120,8 @@ def _tables(
     spans = []
     for row, pages in enumerate(mine):
         pages.sort()
-        rows.append(tuple([at for _, i in pages for at in part[i]] for part in (places.keys, places.values)))  # type: ignore[arg-type]
+        own = ([at for _, i in pages for at in part[i]] for part in (places.keys, places.values))
+        rows.append((next(own), next(own)))
         if pages:
             (first, _), (end, _) = pages[0], pages[-1]
             last = (len(pages) - 1) * size

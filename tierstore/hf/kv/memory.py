@@ -23,7 +23,7 @@ from tierstore.hf.kv.kinds import KvKind
 from tierstore.hf.kv.rows import Rows
 from tierstore.hf.kv.shapes import LayerKv, alike
 from tierstore.kvformats.format import KvFormat, KvShape
-from tierstore.page_needs import PageNeed, enough_hbm
+from tierstore.page_needs import PageNeed, advice, enough_hbm
 from tierstore.page_plan import KindPlan, PageKind, PagePlan, build_page_plan
 from tierstore.pages import PageTable, PageUsage
 from tierstore.paging.pager import Pager
@@ -144,10 +144,7 @@ class KvMemory:
             unified=self._backend.engine.unified,
             above=budget.kv_hbm,
         )
-        if found is None:
-            return ""
-        sequences = "1 sequence" if rows == 1 else f"{rows} sequences"
-        return f"; raise Budget.kv_hbm to {found} bytes for {sequences} of up to {tokens} tokens"
+        return "" if found is None else advice(found, rows, tokens)
 
     def usage(self) -> KvUsage:
         """What is stored where."""
