@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.edges.test_paged_attention import HALF, NARROW, RAW, WIDE, Problem, Shape, problem, some_spans
+from tests.edges.paged_problems import HALF, NARROW, RAW, WIDE, Problem, Shape, problem, some_spans
 from tests.torch_threads import threads
 from tierstore.kernels.kv_pages.layout import CODE_BITS, layout_of
 from tierstore.kernels.machine_code import can_compile
