@@ -39,6 +39,7 @@ def alarm() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt in a finalizer is lost
 @pytest.mark.parametrize("hbm", [4_300_000, 4_700_000])
 def test_interrupted_anywhere(tmp_path: Path, alarm: None, hbm: int) -> None:
     random = Random(hbm)

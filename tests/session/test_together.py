@@ -462,6 +462,7 @@ def test_nothing_keeps_tensors_alive(session: Session) -> None:
         gc.enable()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt in a finalizer is lost
 def test_interrupted_anywhere(session: Session) -> None:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -153,6 +153,7 @@ def test_calls_that_are_ended_find_what_they_hold() -> None:
             assert all(map(torch.equal, session.together(calls, waits=aside), want))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt in a finalizer is lost
 def test_interrupted_anywhere() -> None:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
