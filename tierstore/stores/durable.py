@@ -10,19 +10,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import google_crc32c
-import numpy as np
-
 from tierstore.contracts import Buffer
 from tierstore.errors import StoreError, StoreFullError
 from tierstore.extents import align_up
+from tierstore.stores.checksums import Crc, crc32c
 from tierstore.stores.workers import PAGE, move_bytes, reason_of
 
 CHUNK = 4 << 20
 """Bytes per write."""
-_CHECK = 1 << 20  # the checksum holds the interpreter lock: let others in between
-
-Crc = int
 
 
 @contextmanager
@@ -40,15 +35,6 @@ def store_errors(what: str, *, when_full: str = "free space there, or give anoth
         raise StoreError(f"{what}: {reason_of(error)}: check the path, its rights and the disk") from error
 
 
-def crc32c(data: np.ndarray[tuple[int], np.dtype[np.uint8]], crc: Crc = 0) -> Crc:
-    """CRC32C (RFC 3720) of ``data`` after bytes whose CRC is ``crc``."""
-    data = data.view()
-    data.flags.writeable = False
-    for at in range(0, len(data), _CHECK):
-        crc = google_crc32c.extend(crc, data[at : at + _CHECK])
-    return crc
-
-
 def write_data(path: Path, data: Buffer) -> Crc:
     """Write ``data`` (host memory) to the new file ``path``; the CRC32C of its bytes.
 
@@ -58,14 +44,13 @@ def write_data(path: Path, data: Buffer) -> Crc:
     chunk = mmap.mmap(-1, min(CHUNK, align_up(max(nbytes, 1), PAGE)))
     address = ctypes.addressof(ctypes.c_char.from_buffer(chunk))
     view = memoryview(chunk)
-    bytes_of = np.frombuffer(chunk, dtype=np.uint8)
     crc = 0
     fd, direct = _create(path)
     try:
         for at in range(0, nbytes, len(view)):
             size = min(len(view), nbytes - at)
             move_bytes(address, source + at, size)
-            crc = crc32c(bytes_of[:size], crc)
+            crc = crc32c(address, size, crc)
             if direct:
                 try:
                     write_all(fd, view[: align_up(size, PAGE)], at)

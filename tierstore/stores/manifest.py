@@ -13,7 +13,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import cast
 
-import numpy as np
+import google_crc32c
 
 from tierstore.errors import ChecksumError, StoreFormatError, TierstoreError
 from tierstore.extents import Extent, align_up
@@ -30,7 +30,6 @@ from tierstore.stores.checked_json import (
     need_whole,
     short,
 )
-from tierstore.stores.durable import crc32c
 from tierstore.stores.json_files import kind_of, strict_json
 from tierstore.stores.zarr_documents import group_document
 from tierstore.tensors import KEEP, TensorSpec
@@ -159,7 +158,7 @@ def unit_name(number: int) -> str:
 
 def text_crc32c(text: bytes) -> int:
     """CRC32C of a document or another small file."""
-    return crc32c(np.frombuffer(text, dtype=np.uint8)) if text else 0
+    return int(google_crc32c.value(text))
 
 
 def parse_manifest(raw: bytes, where: str) -> Manifest:

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from tierstore.contracts import Fence
 from tierstore.errors import StoreError
 from tierstore.extents import Extent, align_up
-from tierstore.stores.durable import CHUNK, crc32c, store_errors, write_all
+from tierstore.stores.checksums import crc32c
+from tierstore.stores.durable import CHUNK, store_errors, write_all
 from tierstore.stores.page_runs import Run
 from tierstore.stores.workers import PAGE, ReadFence, move_bytes, reason_of, view_of
 
@@ -126,5 +125,4 @@ class WriteRun:
 
 def cell_crcs(address: int, nbytes: int, cell_nbytes: int) -> list[int]:
     """The CRC32C of each cell of ``nbytes`` of host memory."""
-    data = np.frombuffer(view_of(address, nbytes), dtype=np.uint8)
-    return [crc32c(data[at : at + cell_nbytes]) for at in range(0, nbytes, cell_nbytes)]
+    return [crc32c(address + at, cell_nbytes) for at in range(0, nbytes, cell_nbytes)]

@@ -9,11 +9,9 @@ import mmap
 import os
 from pathlib import Path
 
-import numpy as np
-
 from tierstore.contracts import Buffer
 from tierstore.extents import align_up
-from tierstore.stores.durable import crc32c
+from tierstore.stores.checksums import crc32c
 from tierstore.stores.workers import PAGE, move_bytes
 
 CHUNK = 4 << 20
@@ -76,9 +74,8 @@ class StreamedFile:
             self._fd = -1
 
     def _flush(self) -> None:
-        data = np.frombuffer(self._chunk, dtype=np.uint8)
         for at in range(0, self._fill, self._window):
-            self.crcs.append(crc32c(data[at : min(at + self._window, self._fill)]))
+            self.crcs.append(crc32c(self._address + at, min(self._window, self._fill - at)))
         done = 0
         while done < self._fill:
             try:

@@ -8,12 +8,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import numpy as np
-
 from tierstore.contracts import ReadRequest
 from tierstore.extents import Extent
-from tierstore.stores.durable import crc32c
-from tierstore.stores.workers import view_of
+from tierstore.stores.checksums import crc32c
 
 Window = tuple[int, int]
 """Number of a file, and number of a window in it."""
@@ -62,7 +59,7 @@ class Windows:
         crc = 0
         for start, end, address in self._walk(window, spans):
             assert address is not None
-            crc = crc32c(np.frombuffer(view_of(address, end - start), dtype=np.uint8), crc)
+            crc = crc32c(address, end - start, crc)
         if crc != self._crcs[file][number]:
             return crc, self._crcs[file][number]
         self._left -= 1 - self._right[file][number]

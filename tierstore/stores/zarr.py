@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
 import torch
 
 from tierstore.budget import format_nbytes
 from tierstore.contracts import Buffer, ReadRequest
 from tierstore.errors import ChecksumError, StoreError, StoreFormatError, StoreFullError
 from tierstore.extents import Extent, align_up
-from tierstore.stores.durable import CHUNK, crc32c, store_errors, sync, write_data, write_text
+from tierstore.stores.checksums import crc32c
+from tierstore.stores.durable import CHUNK, store_errors, sync, write_data, write_text
 from tierstore.stores.folders import (
     GROUP,
     NEW,
@@ -39,7 +39,7 @@ from tierstore.stores.folders import (
     write_group,
 )
 from tierstore.stores.reader import Reader
-from tierstore.stores.workers import PAGE, ReadFence, Workers, buffer_address, view_of
+from tierstore.stores.workers import PAGE, ReadFence, Workers, buffer_address
 from tierstore.tensors import Piece, TensorSpec
 
 
@@ -325,5 +325,4 @@ def _check_disk(root: Path, stored: Stored, old_nbytes: int) -> None:
 
 
 def _crc_of(buffer: Buffer, crc: int = 0) -> int:
-    nbytes = buffer.numel()
-    return crc32c(np.frombuffer(view_of(buffer.data_ptr(), nbytes), dtype=np.uint8), crc) if nbytes else crc
+    return crc32c(buffer.data_ptr(), buffer.numel(), crc)
