@@ -132,6 +132,12 @@ ROWS: list[Any] = [
 MODEL = Budget(hbm="8MiB", kv_hbm="4MiB")
 
 
+@pytest.fixture
+def drafts_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass takes so long that drafts are worth it, however slow this machine is just now."""
+    monkeypatch.setattr(Drafting, "_now", lambda self: PassCost(32, 1, compute_seconds=1e6, transfer_seconds=0.0))
+
+
 @pytest.fixture(scope="module")
 def other(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A smaller model of the same family."""
@@ -159,6 +165,7 @@ def job(folder: Path, model: Path, **change: Any) -> tuple[JobReport, dict[tuple
     return report, texts_of(results)
 
 
+@pytest.mark.usefixtures("drafts_pay")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_texts_of_a_job_are_the_same(
     tiny_checkpoint: Path, other: Path, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
@@ -184,6 +191,7 @@ def test_texts_of_a_job_are_the_same(
     assert drafted == texts
 
 
+@pytest.mark.usefixtures("drafts_pay")
 def test_a_packed_store_drafts_for_its_original(tiny_checkpoint: Path, tmp_path: Path) -> None:
     pack(tiny_checkpoint, tmp_path / "packed", format="int8")
     _, texts = job(tmp_path, tiny_checkpoint, speculate="off")
