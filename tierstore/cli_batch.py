@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
@@ -48,33 +49,34 @@ def batch(
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that the checkpoint brings.")] = False,
 ) -> None:
     """Answer every row of a file. Run again after a stop of any kind, the command goes on where it was."""
-    from tierstore.jobs import JobInterrupted, JobSettings, run
-    from tierstore.jobs.progress import ProgressLine
+    open_standard_files()
+    try:
+        from tierstore.jobs import JobSettings, run
+        from tierstore.jobs.progress import ProgressLine
 
-    defaults = Sampling.checked(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p
-    )
-    settings = JobSettings(
-        model=model,
-        budget=Budget(hbm, ram, nvme, kv_hbm=kv_hbm, kv_ram=kv_ram, kv_nvme=kv_nvme),
-        defaults=defaults,
-        seed=seed,
-        chat=chat,
-        device=device,
-        dtype=dtype,
-        kv_format=kv_format,
-        store=store,
-        trust_remote_code=trust_remote_code,
-        sequences=sequences,
-        tokens=tokens_per_micro_batch,
-        speculate=speculate,
-        draft=draft,
-    )
-    with ExitStack() as closing:
-        line = None if quiet else closing.enter_context(ProgressLine(sys.stderr))
-        say = None if line is None else line.say
-        closing.enter_context(redirect_stdout(sys.stderr))  # Ray says there what becomes of workers
-        try:
+        defaults = Sampling.checked(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p
+        )
+        settings = JobSettings(
+            model=model,
+            budget=Budget(hbm, ram, nvme, kv_hbm=kv_hbm, kv_ram=kv_ram, kv_nvme=kv_nvme),
+            defaults=defaults,
+            seed=seed,
+            chat=chat,
+            device=device,
+            dtype=dtype,
+            kv_format=kv_format,
+            store=store,
+            trust_remote_code=trust_remote_code,
+            sequences=sequences,
+            tokens=tokens_per_micro_batch,
+            speculate=speculate,
+            draft=draft,
+        )
+        with ExitStack() as closing:
+            line = None if quiet else closing.enter_context(ProgressLine(sys.stderr))
+            say = None if line is None else line.say
+            closing.enter_context(redirect_stdout(sys.stderr))  # Ray says there what becomes of workers
             report = run(
                 prompts,
                 results,
@@ -85,11 +87,21 @@ def batch(
                 progress=line,
                 say=say,
             )
-        except JobInterrupted as interrupted:
-            closing.close()
-            print(f"tierstore: stopped: {interrupted}. The same command goes on with the rest.", file=sys.stderr)
-            raise typer.Exit(130) from None
+    except KeyboardInterrupt as interrupted:  # ``JobInterrupted``, or before there was a job
+        said = f": {interrupted}" if str(interrupted) else ""
+        print(f"tierstore: stopped{said}. The same command goes on with the rest.", file=sys.stderr)
+        raise typer.Exit(130) from None
     if as_json:
         print(report.to_json())
     elif not quiet:
         print(report, file=sys.stderr)
+
+
+def open_standard_files() -> None:
+    """Have the numbers 0 to 2 taken where the shell closed them: a file of the job must not get one of them, which
+    libraries write to."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)

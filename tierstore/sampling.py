@@ -62,12 +62,10 @@ def _whole(least: int, most: int) -> Callable[[str, Any], int]:
     return check
 
 
-def _number(least: float, most: float, *, open_below: bool = False) -> Callable[[str, Any], float]:
+def _number(least: float, most: float) -> Callable[[str, Any], float]:
     def check(name: str, value: Any) -> float:
-        good = type(value) in (int, float) and least <= value <= most and isfinite(value)
-        if not good or (open_below and value == least):
-            bound = f"above {least:g}" if open_below else f"from {least:g}"
-            raise RowError(f"{name} is {_short(value)}, a number {bound} to {most:g} is needed")
+        if type(value) not in (int, float) or not least <= value <= most or not isfinite(value):
+            raise RowError(f"{name} is {_short(value)}, a number from {least:g} to {most:g} is needed")
         return float(value)
 
     return check
@@ -103,7 +101,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "top_p": _number(0, 1),
     "top_k": _whole(0, (1 << 31) - 1),
     "min_p": _number(0, 1),
-    "repetition_penalty": _number(0, 100, open_below=True),
+    "repetition_penalty": _number(0.01, 100),
     "presence_penalty": _number(-2, 2),
     "frequency_penalty": _number(-2, 2),
     "seed": _whole(0, (1 << 63) - 1),

@@ -207,6 +207,19 @@ def test_errors_go_where_they_went(prompts: Path, results: Path) -> None:
         pass
 
 
+def test_rows_whose_errors_are_deleted_are_tried_again(prompts: Path, results: Path) -> None:
+    with opened(prompts, results) as journal:
+        finish(journal, prompts)
+        failed = journal.failed_rows
+    before = results.read_bytes()
+    results.with_name("results.jsonl.errors").unlink()
+    with opened(prompts, results) as journal:
+        assert journal.failed_rows == 0
+        finish(journal, prompts)
+        assert journal.failed_rows == failed > 0
+    assert results.read_bytes() == before
+
+
 def test_one_process_a_job(prompts: Path, results: Path) -> None:
     with opened(prompts, results) as journal:
         with pytest.raises(StoreBusyError, match=f"in use by process {os.getpid()}"), opened(prompts, results):
@@ -231,12 +244,12 @@ LINE = b'{"id": "a", "text": "", "prompt_tokens": 1, "completion_tokens": 1, "fi
 @pytest.mark.parametrize(
     ("content", "error", "why"),
     [
-        (b"my thesis\n", StoreMismatchError, "not written by this job"),
+        (b"my thesis\n", StoreMismatchError, "not written by this job.*delete that line"),
         (b"my thesis", StoreMismatchError, "not written by this job"),
         (b"[1]\n" + LINE, StoreFormatError, "line 1 of .* is damaged"),
         (LINE + b"{]\n" + LINE.replace(b'"a"', b"5"), StoreFormatError, "line 2 of .* is damaged"),
         (LINE + LINE, StoreFormatError, "answers the row 'a' again"),
-        (LINE.replace(b'"a"', b'"z"'), StoreMismatchError, "no row 'z'"),
+        (LINE.replace(b'"a"', b'"z"'), StoreMismatchError, "no row 'z'.*delete that line"),
         (LINE.replace(b'"a"', b"true"), StoreMismatchError, "no row"),
         (LINE.replace(b'"a"', b'["a"]'), StoreMismatchError, "no row"),
         (LINE.replace(b'"a"', b'"b"'), StoreMismatchError, "no row 'b'"),  # an index is missing
@@ -326,12 +339,19 @@ def test_names_that_cannot_be(prompts: Path, tmp_path: Path) -> None:
         (tmp_path / "r", tmp_path / "r", "the file of results and of errors"),
         (tmp_path / "r", prompts, "the file of prompts and of errors"),
         (tmp_path / "r", tmp_path / "r.job", "of errors and of state"),
+        (tmp_path / "r", tmp_path / "r.job.new", "of errors and of the next state"),
         (tmp_path / "r", "-", "give a file"),
         (tmp_path / "r", tmp_path / "folder", "is a folder"),
     ):
         with pytest.raises(StoreError, match=f"(?i){why}"):
             JobPaths.checked(prompts, results, errors)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "hard", "pipe", "prompts.jsonl", "ring"]
+
+
+def test_prompts_are_not_taken_for_what_a_killed_process_left(tmp_path: Path) -> None:
+    prompts = write_rows(tmp_path / "r.job.new", [{"prompt": "a"}])
+    with pytest.raises(StoreError, match="of prompts and of the next state"):
+        JobPaths.checked(prompts, tmp_path / "r")
 
 
 def test_files_without_rights_are_refused(

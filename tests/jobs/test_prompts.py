@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import os
 from hashlib import sha256
 from pathlib import Path
@@ -138,6 +141,13 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         PromptFile("-", DEFAULTS)
     with PromptFile(write_rows(tmp_path / "empty", []), DEFAULTS) as file:
         assert (file.lines, list(file.rows())) == (0, [])
+
+
+def test_what_is_packed_is_refused_as_a_whole(tmp_path: Path) -> None:
+    for name, packed in (("gzip", gzip.compress), ("bzip2", bz2.compress), ("xz", lzma.compress)):
+        (path := tmp_path / name).write_bytes(packed(b'{"prompt": "a"}\n'))
+        with pytest.raises(StoreError, match=f"packed with {name}.*unpack it first"):
+            PromptFile(path, DEFAULTS)
 
 
 def test_a_disk_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

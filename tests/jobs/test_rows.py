@@ -131,6 +131,12 @@ def test_hostile_lines_of_the_repository(path: Path) -> None:
     good(second)
 
 
+def test_metadata_is_advised_where_it_can_be() -> None:
+    message = {"role": "tool", "content": "4", "tool_call_id": "c"}
+    assert bad({"messages": [message]}).reason == "messages[0] has the unknown key 'tool_call_id': leave it out"
+    assert bad(request("r", {"messages": [], "zzz": 1})).reason.endswith("leave it out, or put it into 'metadata'")
+
+
 def test_depth_and_size_are_bounded() -> None:
     assert "nested too deep" in bad(b'{"prompt": ' + b"[" * 2_000_000).reason
     for key in ("prompt", "temperature", "max_tokens", "messages", "id", "stop"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, Mamba
 from tests.jobs.made import write_rows
 from tests.jobs.small import FAILED, ROWS, TEXTS, settings_of, texts_of, write_prompts
 from tierstore.budget import Budget
-from tierstore.errors import CheckpointError, DeviceError, ModuleError, StoreMismatchError
-from tierstore.jobs import JobInterrupted, JobProgress, run, stream
+from tierstore.errors import CheckpointError, DeviceError, ModuleError, StoreFormatError, StoreMismatchError
+from tierstore.jobs import JobInterrupted, JobProgress, run, running, stream
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,42 @@ def test_an_error_of_the_machine_leaves_what_is_done(tiny_checkpoint: Path, tmp_
     with pytest.raises(DeviceError):
         run(prompts, results, settings_of(tiny_checkpoint), progress=fail)
     assert texts_of(results)
+
+
+def test_results_may_lie_in_the_checkpoint_s_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint, folder := tmp_path / "checkpoint")
+    prompts = write_rows(folder / "prompts.jsonl", ROWS[:1])
+    for _ in range(2):  # the second run finds what the first one wrote
+        assert run(prompts, folder / "results", settings_of(folder)).done_rows == 1
+    assert len(texts_of(folder / "results")) == 1
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    with pytest.raises(StoreMismatchError, match=r"model\.files\.config\.json was"):
+        run(prompts, folder / "results", settings_of(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("results", b"my thesis", StoreMismatchError),
+        ("results.job", b"my thesis", StoreFormatError),
+        ("results.job", b'{"version": 1, "created": 1, "facts": {}}', StoreMismatchError),
+    ],
+)
+def test_files_of_others_are_refused_before_a_model_is_opened(
+    tiny_checkpoint: Path, tmp_path: Path, name: str, content: bytes, error: type[Exception], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(running, "open_job", None)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(error):
+        run(write_prompts(tmp_path), tmp_path / "results", settings_of(tiny_checkpoint))
+    assert (tmp_path / name).read_bytes() == content
+
+
+def test_a_dtype_may_be_torch_s(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    prompts, results = write_rows(tmp_path / "prompts", ROWS[:1]), tmp_path / "results"
+    for dtype in (torch.float32, "float32"):  # which is the same job
+        report = run(prompts, results, settings_of(tiny_checkpoint, dtype=dtype))
+        assert report.done_rows == 1
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:

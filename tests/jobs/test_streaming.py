@@ -144,6 +144,31 @@ async def test_whoever_stops_reading_stops_the_job(end: str) -> None:
     assert (job.opened, job.closed) == (1, 1)
 
 
+@pytest.mark.parametrize("kind", ["asynchronous", "plain"])
+async def test_a_generator_of_rows_is_closed_with_the_job(kind: str) -> None:
+    closed: list[str] = []
+
+    async def coming() -> AsyncIterator[dict[str, Any]]:
+        try:
+            while True:
+                yield {"prompt": "abc"}
+        finally:
+            closed.append("asynchronous")
+
+    def there() -> Iterator[dict[str, Any]]:
+        try:
+            while True:
+                yield {"prompt": "abc"}
+        finally:
+            closed.append("plain")
+
+    stream = _streamed(_parsed(coming() if kind == "asynchronous" else there(), DEFAULTS), Job())
+    async for _ in stream:
+        break
+    await stream.aclose()
+    assert closed == [kind]
+
+
 async def test_cancelled_before_the_first_result() -> None:
     job = Job()
 

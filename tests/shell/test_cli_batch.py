@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.jobs.made import write_rows
+from tierstore.jobs import running
 from tierstore.jobs.journal import Journal
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,7 @@ def test_json_and_quiet(run: Any, prompts: Path, tmp_path: Path, tiny_checkpoint
         (["--hbm", "8XB"], "Budget.hbm is '8XB'"),
         (["--errors", "prompts.jsonl"], "prompts.jsonl"),
         (["--dtype", "float99"], "float99"),
+        (["--tokens-per-micro-batch", "1000000000"], "tokens is 1000000000: give at most 65536"),
     ],
 )
 def test_a_wrong_option_is_one_line_and_code_2(
@@ -90,3 +92,26 @@ def test_ctrl_c_says_how_to_go_on_and_the_script_is_the_same_command(
     assert (done.returncode, done.stderr) == (0, "")
     answers = [json.loads(line) for line in (tmp_path / "results").read_text().splitlines()]
     assert sorted(answer["id"] for answer in answers) == list(range(6))
+
+
+def test_ctrl_c_before_there_is_a_job(
+    run: Any, prompts: Path, tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "PromptFile", interrupted)  # which may be long
+    ran = run("batch", prompts, tmp_path / "results", "--model", tiny_checkpoint, "--hbm", "64MiB")
+    assert (ran.code, ran.err) == (130, "tierstore: stopped. The same command goes on with the rest.\n")
+
+
+def test_without_stderr(prompts: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """As a job that a shell begins with ``2>&-``: nobody can be told, and no file of the job gets the number 2."""
+    arguments = [prompts, tmp_path / "results", "--model", tiny_checkpoint, "--hbm", "64MiB"]
+    command = [sys.executable, "scripts/batch_generate.py", *map(str, arguments)]
+    done = subprocess.run(["bash", "-c", '"$@" 2>&- >&-', "bash", *command], check=False, cwd=ROOT)
+    assert done.returncode == 0
+    assert len((tmp_path / "results").read_text().splitlines()) == 6
+    code = "import os; from tierstore.cli_batch import open_standard_files as go; go(); print(os.open('.', 0))"
+    opened = f'{sys.executable} -c "{code}" 2>&- <&- | cat'
+    assert int(subprocess.run(["bash", "-c", opened], check=True, cwd=ROOT, capture_output=True).stdout) > 2

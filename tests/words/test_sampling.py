@@ -27,7 +27,7 @@ WRONG: dict[str, list[Any]] = {
     "top_p": [-0.1, 1.1, "0.5"],
     "top_k": [-1, 1.5],
     "min_p": [-1, 2],
-    "repetition_penalty": [0, -1, 1e9],
+    "repetition_penalty": [0, -1, 1e9, 1e-300],
     "presence_penalty": [-2.1, 2.1],
     "frequency_penalty": [3],
     "seed": [-1, 1 << 63, 10**4000, 1.0, False],

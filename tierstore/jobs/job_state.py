@@ -13,6 +13,7 @@ from typing import Any
 from tierstore.errors import StoreFormatError, StoreMismatchError
 from tierstore.jobs.line_file import file_errors, hold, sync_folder
 from tierstore.jobs.lines import read_object
+from tierstore.jobs.paths import next_of
 
 VERSION = 1
 _MAX_NBYTES = 1 << 20
@@ -83,7 +84,7 @@ class JobState:
 
     def _replace(self, content: dict[str, Any]) -> None:
         """Put another file in the place of the locked one: whole, durable, and locked before it has the name."""
-        new = self.path.with_name(self.path.name + ".new")
+        new = next_of(self.path)
         with suppress(FileNotFoundError):
             new.unlink()  # of a process that was killed: nobody else may be here
         fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

@@ -54,7 +54,7 @@ class Journal:
             "settings": settings,
             "defaults": {name: getattr(prompts.defaults, name) for name in prompts.defaults.__dataclass_fields__},
         }
-        _check_new(paths)
+        check_new(paths)
         self._state = JobState(paths.state, facts, anew=anew)
         self._results: LineFile | None = None
         self._errors: LineFile | None = None
@@ -176,12 +176,12 @@ class Journal:
 
     def _not_ours(self, path: Path, number: int, why: str) -> StoreMismatchError:
         return StoreMismatchError(
-            f"line {number} of {str(path)!r} was not written by this job: {why}: nothing was touched: give another "
-            "file, or move that one away"
+            f"line {number} of {str(path)!r} was not written by this job: {why}: nothing was touched: delete that "
+            "line where the others are this job's, or give another file"
         )
 
 
-def _check_new(paths: JobPaths) -> None:
+def check_new(paths: JobPaths) -> None:
     """Raise ``StoreMismatchError`` where results are there without the job that they are of."""
     with file_errors("looking for what an earlier run left"):
         if _nbytes(paths.state):

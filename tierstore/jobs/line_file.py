@@ -111,8 +111,8 @@ class LineFile:
 
     def _not_ours(self, line: Line) -> StoreMismatchError:
         return StoreMismatchError(
-            f"line {line.number} of {str(self.path)!r} was not written by this job: nothing was touched: give another "
-            "file for the results, or move that one away"
+            f"line {line.number} of {str(self.path)!r} was not written by this job: nothing was touched: delete that "
+            "line where the others are this job's, or give another file"
         )
 
     def _check_alone(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -247,12 +247,14 @@ class _Opening:
             yield "products of one token add up in another order than those of several drafted ones"
 
 
-def model_facts(model: str | os.PathLike[str]) -> dict[str, Any]:
-    """What tells a checkpoint from others, without reading its weights: the names and sizes of its files.
+def model_facts(model: str | os.PathLike[str], written: Collection[Path] = ()) -> dict[str, Any]:
+    """What tells a checkpoint from others, without reading its weights: the names and sizes of its files, but for those
+    that are ``written`` by the job, which may be in the same folder.
 
     Raises ``CheckpointError`` where there is none."""
     path = Path(model)
     if not path.exists():
         raise CheckpointError(f"{str(path)!r} does not exist: give the folder of a checkpoint, or a .gguf file")
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    files = [file for file in files if file.resolve() not in written]
     return {"path": str(path.resolve()), "files": {file.name: file.stat().st_size for file in files}}

@@ -18,6 +18,11 @@ class JobPaths:
     errors: Path
     state: Path
 
+    @property
+    def written(self) -> tuple[Path, ...]:
+        """All that a job writes: also where another state is before it takes the place of ``state``."""
+        return self.results, self.errors, self.state, next_of(self.state)
+
     @classmethod
     def checked(
         cls,
@@ -35,13 +40,18 @@ class JobPaths:
             target.with_name(target.name + ".job"),
         )
         taken = {"prompts": _real(prompts)}
-        for what, path in (("results", paths.results), ("errors", paths.errors), ("state", paths.state)):
+        for what, path in zip(("results", "errors", "state", "the next state"), paths.written, strict=True):
             _check_writable(path, what)
             for other, there in taken.items():
                 if path == there or (path.exists() and there.exists() and path.samefile(there)):
                     raise StoreError(f"{str(path)!r} would be the file of {other} and of {what}: give them two names")
             taken[what] = path
         return paths
+
+
+def next_of(state: Path) -> Path:
+    """Where another state is written before it takes the place of ``state``."""
+    return state.with_name(state.name + ".new")
 
 
 def _real(path: str | os.PathLike[str]) -> Path:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,6 +16,9 @@ from tierstore.jobs.ids import Id, IdLines
 from tierstore.jobs.lines import Line, lines_of
 from tierstore.jobs.rows import BadRow, Row, parse_row
 from tierstore.sampling import Sampling
+
+# How files begin that hold others in fewer bytes, and no line of JSON.
+_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PK\3\4": "zip"}
 
 
 class PromptFile:
@@ -40,6 +44,7 @@ class PromptFile:
             status = os.fstat(self._fd)
             self.nbytes = status.st_size
             self._as_found = (status.st_size, status.st_mtime_ns)
+            self._check_plain()
             self.sha256 = ""
             self.sha256 = self._scan()
         except BaseException:
@@ -82,6 +87,13 @@ class PromptFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def _check_plain(self) -> None:
+        with _read_errors(self.path):
+            head = os.pread(self._fd, 8, 0)
+        for mark, kind in _PACKED.items():
+            if head.startswith(mark):
+                raise StoreError(f"{str(self.path)!r} is packed with {kind}, rows are read in place: unpack it first")
+
     def _scan(self) -> str:
         digest = hashlib.sha256()
         for line in self._lines(digest.update):
@@ -100,20 +112,26 @@ class PromptFile:
                 raise self._changed()
             update(block)
 
-        try:
+        with _read_errors(self.path):
             yield from lines_of(self._fd, self.nbytes, seen=seen)
-        except StoreError:
-            raise
-        except OSError as error:
-            raise StoreReadError(
-                f"reading {str(self.path)!r}: {error.strerror}: check the disk, then run the job again, which goes on"
-            ) from error
 
     def _changed(self) -> StoreMismatchError:
         return StoreMismatchError(
             f"{str(self.path)!r} changed while it was read: put back what it held and run the job again, which goes "
             "on; or give the new file results of its own"
         )
+
+
+@contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreReadError(
+            f"reading {str(path)!r}: {error.strerror}: check the disk, then run the job again, which goes on"
+        ) from error
 
 
 def _twice(row: Row, first: int | None) -> BadRow:

@@ -86,7 +86,8 @@ def check_keys(table: dict[str, Any], known: Collection[str], what: str) -> None
     for name in table:
         if name not in known:
             near = get_close_matches(name[:100], known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else "leave it out, or put it into 'metadata'"
+            aside = "leave it out, or put it into 'metadata'" if "metadata" in known else "leave it out"
+            hint = f"did you mean {near[0]!r}?" if near else aside
             raise RowError(f"{what} has the unknown key {name[:100]!r}: {hint}")
 
 

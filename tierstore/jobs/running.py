@@ -15,7 +15,7 @@ from tierstore.binding.uninterrupted import Uninterrupted
 from tierstore.errors import BudgetError
 from tierstore.jobs.answers import Generated
 from tierstore.jobs.engine import Counts
-from tierstore.jobs.journal import Journal
+from tierstore.jobs.journal import Journal, check_new
 from tierstore.jobs.lines import read_object
 from tierstore.jobs.opening import model_facts, open_job
 from tierstore.jobs.paths import JobPaths
@@ -131,7 +131,9 @@ def run(
         job = _Job(rows, paths, settings)
         closing.callback(job.close)
         known = _tokens_of(paths.state)
-        if known is not None:
+        if known is None:
+            check_new(paths)  # opening a model takes long
+        else:
             job.begin(known if settings.tokens is None else settings.tokens)
         try:
             if not job.is_done():
@@ -163,12 +165,12 @@ class _Job:
         self._journal = Journal(
             self._paths,
             self._rows,
-            model=model_facts(settings.model),
+            model=model_facts(settings.model, self._paths.written),
             settings={
                 "tokens": tokens,
                 "seed": settings.seed,
                 "chat": settings.chat,
-                "dtype": settings.dtype,
+                "dtype": None if settings.dtype is None else str(settings.dtype).removeprefix("torch."),
                 "kv_format": settings.kv_format,
             },
             model_name=Path(settings.model).name,
@@ -259,8 +261,13 @@ def _generated(each: Finished) -> Generated:
 
 
 def _tokens_of(state: Path) -> int | None:
-    """Tokens of a micro-batch in the runs of a job before, None where there was none. The journal checks the rest."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        tokens = read_object(state.read_bytes())["facts"]["settings"]["tokens"]
-        return tokens if type(tokens) is int and tokens > 0 else None
-    return None
+    """Tokens of a micro-batch in the runs of a job before, None where there was none. The journal checks the rest, and
+    refuses a state that does not say them, which is 0 here."""
+    try:
+        raw = state.read_bytes()
+    except OSError:
+        return None
+    with suppress(ValueError, KeyError, TypeError):
+        tokens = read_object(raw)["facts"]["settings"]["tokens"]
+        return tokens if type(tokens) is int and tokens > 0 else 0
+    return 0 if raw else None

@@ -9,6 +9,8 @@ from tierstore.budget import Budget
 from tierstore.errors import BudgetError
 from tierstore.sampling import Sampling
 
+MOST_TOKENS = 1 << 16
+"""Of a micro-batch: more make no product faster, and each takes memory beside the budget."""
 SPECULATE = ("auto", "lookup", "off")
 
 
@@ -21,10 +23,10 @@ class JobSettings:
     ``defaults`` are the settings of rows that have none of their own, ``seed`` is the one that rows without a seed
     derive theirs from. ``chat`` takes each plain prompt as what a user says, through the tokenizer's chat template.
 
-    ``sequences`` bounds how many texts are generated at once, ``tokens`` is how many tokens a micro-batch has: None
-    for what is fastest. ``speculate`` tries tokens that the text itself suggests ("lookup"), where that pays ("auto"),
-    or never ("off"); with "auto" ``draft`` may be the checkpoint of a small model that suggests them too, which is
-    whole in ``hbm``. Raises ``BudgetError``.
+    ``sequences`` bounds how many texts are generated at once, ``tokens`` is how many tokens a micro-batch has, at most
+    ``MOST_TOKENS``: None for what is fastest. ``speculate`` tries tokens that the text itself suggests ("lookup"),
+    where that pays ("auto"), or never ("off"); with "auto" ``draft`` may be the checkpoint of a small model that
+    suggests them too, which is whole in ``hbm``. Raises ``BudgetError``.
     """
 
     model: str | os.PathLike[str]
@@ -48,6 +50,8 @@ class JobSettings:
         for name, value in (("sequences", self.sequences), ("tokens", self.tokens)):
             if value is not None and value < 1:
                 raise BudgetError(f"{name} is {value}: give at least 1, or leave it out")
+        if self.tokens is not None and self.tokens > MOST_TOKENS:
+            raise BudgetError(f"tokens is {self.tokens}: give at most {MOST_TOKENS}, or leave it out")
         if self.draft is not None and self.speculate != "auto":
             raise BudgetError(f"a draft model is given and speculate is {self.speculate!r}: leave one of the two out")
         if self.budget.activations is not None:

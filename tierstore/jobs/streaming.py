@@ -6,7 +6,16 @@ import asyncio
 import json
 import queue
 import threading
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import AbstractContextManager, ExitStack, aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -55,8 +64,8 @@ async def stream(
 
     An iterable that is not asynchronous is read in the event loop, and should not block. A row that cannot be answered
     is a result with an ``error``. The model is opened and computes in one thread, which ends, after the pass that is
-    under way, when the generator is closed or its task cancelled, and all is released then. A reader that is slow holds
-    up the job.
+    under way, when the generator is closed or its task cancelled, and all is released then; ``rows``, if it is a
+    generator, is closed. A reader that is slow holds up the job.
 
     Raises what ``tierstore.load`` raises, ``StoreError`` for a file that cannot be read, and what ``rows`` raises."""
     with ExitStack() as closing:
@@ -81,7 +90,7 @@ class HasEngine(Protocol):
 Opened = Callable[[], AbstractContextManager[HasEngine]]
 
 
-async def _streamed(rows: AsyncIterator[Row | BadRow], opened: Opened) -> AsyncGenerator[Result]:
+async def _streamed(rows: AsyncGenerator[Row | BadRow], opened: Opened) -> AsyncGenerator[Result]:
     """Results of ``rows``, computed in a thread that opens the job and closes it."""
     worker = _Worker(opened)
     feeding = asyncio.ensure_future(worker.feed(rows))
@@ -92,9 +101,12 @@ async def _streamed(rows: AsyncIterator[Row | BadRow], opened: Opened) -> AsyncG
         await feeding  # raises what came of the rows
     finally:
         feeding.cancel()
-        await worker.end()
-        with suppress(asyncio.CancelledError, Exception):
-            await feeding
+        try:
+            await worker.end()
+        finally:
+            with suppress(asyncio.CancelledError, Exception):
+                await feeding
+            await rows.aclose()
 
 
 class _Worker:
@@ -180,23 +192,29 @@ class _Worker:
         self._loop.call_soon_threadsafe(act, *args)
 
 
-async def _each(rows: Iterable[Row | BadRow]) -> AsyncIterator[Row | BadRow]:
+async def _each(rows: Iterable[Row | BadRow]) -> AsyncGenerator[Row | BadRow]:
     for row in rows:
         yield row
 
 
 async def _parsed(
     rows: Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]], defaults: Sampling
-) -> AsyncIterator[Row | BadRow]:
+) -> AsyncGenerator[Row | BadRow]:
     number = 0
-    if isinstance(rows, AsyncIterable):
-        async for table in rows:
-            number += 1
-            yield _row_of(table, number, defaults)
-    else:
-        for table in rows:
-            number += 1
-            yield _row_of(table, number, defaults)
+    try:
+        if isinstance(rows, AsyncIterable):
+            async for table in rows:
+                number += 1
+                yield _row_of(table, number, defaults)
+        else:
+            for table in rows:
+                number += 1
+                yield _row_of(table, number, defaults)
+    finally:  # a generator has things open, too, and nobody else may know of it
+        if isinstance(rows, AsyncGenerator):
+            await rows.aclose()
+        elif isinstance(rows, Generator):
+            rows.close()
 
 
 def _row_of(table: Mapping[str, Any], number: int, defaults: Sampling) -> Row | BadRow:
