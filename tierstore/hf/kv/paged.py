@@ -146,10 +146,10 @@ class Masks:
         columns = self._columns
         if self._sees_all(group):
             return None
-        name = (group.rows, group.indices, queries.start)
+        name = (id(self._mask), group.rows, group.indices, queries.start, queries.stop)
         known = self._passing.masks.get(name)
         if known is not None:
-            return known
+            return known[1]
         rows = torch.tensor(group.rows, device=columns.device)
         index = torch.tensor(group.indices, device=columns.device)
         tokens = torch.arange(self._size, device=columns.device)
@@ -167,9 +167,9 @@ class Masks:
             seen = valid[:, None, None, :]
         else:
             seen = self._sliced(self._mask, rows, queries, where, valid)
-        kept = sum(each.numel() for each in self._passing.masks.values())
+        kept = sum(each.numel() for _, each in self._passing.masks.values())
         if kept + seen.numel() <= self._most // 4 and isinstance(self._mask, LazyMask):
-            self._passing.masks[name] = seen
+            self._passing.masks[name] = (self._mask, seen)  # which lives as long, so that no other one has its id
         return seen
 
     def _sees_all(self, group: Group) -> bool:

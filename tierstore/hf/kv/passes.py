@@ -65,8 +65,8 @@ class KindPass:
 
     def __init__(self, kind: KvKind, number: int, rows: Rows, columns: Columns, growth: Growth, first: int) -> None:
         self.kind, self.columns, self.first = kind, columns, first
-        self.masks: dict[Hashable, Tensor] = {}
-        """What masks say of groups of pages: the same in all layers."""
+        self.masks: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        """Masks, and what they say of groups of pages: the same in all layers with the same mask."""
         self._places: dict[int, tuple[Tensor, Tensor]] = {}
         self._copies: list[PageCopy] = []
         self._blank: list[int] = []

@@ -1,0 +1,44 @@
+"""What a user may ask of ``generate``, and what some models do within, with pages as without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.hf.paged import generated, left_padded, paged, prompt, smallest
+from tests.hf.zoo import ZOO
+
+
+@pytest.fixture(scope="module")
+def gemma4() -> Any:
+    """Its last layers keep nothing, and read what earlier ones keep, of a prompt for the last token alone."""
+    torch.manual_seed(0)
+    sharing = {
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 12,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 96,
+        "max_position_embeddings": 512,
+    }
+    config = transformers.Gemma4TextConfig(**{**ZOO["Gemma2ForCausalLM"], **sharing})
+    model: Any = transformers.Gemma4ForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.1)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def test_layers_that_look_from_fewer_queries_have_masks_of_their_own(gemma4: Any) -> None:
+    for given in ({"input_ids": prompt(40)}, left_padded((33, 12, 40))):
+        want, _ = generated(gemma4, **given)
+        with paged(gemma4, kv_hbm=smallest(gemma4) + (1 << 18)) as made:
+            made.memory.scratch = made.memory.scratch[: max(kind.cells.page_nbytes for kind in made.memory.kinds) * 2]
+            found, _ = generated(gemma4, **given)
+        assert torch.equal(found, want)
