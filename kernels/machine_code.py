@@ -44,6 +44,19 @@ class MachineCode:
         self._carry_out(job, threads, _parallel() if threads > 1 else 0)
 
 
+def rest_between_work() -> None:
+    """Let OpenMP's threads sleep while they wait for work, as long as the calling thread lives.
+
+    They spin for milliseconds first, beside whoever needs their cores, unless there are more of them than processors
+    (the manual of libgomp, GOMP_SPINCOUNT): so the calling thread gets one that has nothing to do. Where the threads of
+    torch are others this does nothing."""
+    address = _parallel()
+    if address:
+        parallel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(address)
+        nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)  # to free no memory
+        parallel(nothing, None, 2, 0)
+
+
 @cache
 def _parallel() -> int:
     """The address of what runs a function with the threads that torch itself computes with; 0 where these are not

@@ -20,6 +20,9 @@ DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "
 PREFERRED = False
 """To the model's own attention over pages that were gathered, which gives its very numbers."""
 
+BESIDE = True
+"""Other threads may call these while the caller goes on: what they return is computed."""
+
 TASK_NBYTES = 1 << 19
 """Of keys and values in a task: with fewer, sums would cost as much to merge."""
 
@@ -62,12 +65,13 @@ def decode(
     page_tokens: int,
     scale: float,
     softcap: float | None = None,
+    threads: int | None = None,
 ) -> Sums:
     """``triton.decode`` for ``q`` [S, Hq, 1, Dk] on a CPU where ``can_compile`` and heads ``fits`` say so; for
     ``combine``, with others.
 
     Keys and values are not rounded; products and sums are float32. Numbers depend on the pages and their order, not on
-    how many threads compute: as many as torch may use. Raises ``ValueError``.
+    how many ``threads`` compute: as many as torch may use, where none are given. Raises ``ValueError``.
     """
     if kv_format not in CODE_BITS:
         raise ValueError(f"no packed page is of format {kv_format!r}: there are {', '.join(CODE_BITS)}")
@@ -75,7 +79,7 @@ def decode(
         raise ValueError(f"pages of {page_tokens} tokens: a multiple of {LANES} is needed")
     _check(q, buffer, (offsets, offsets), spans, heads, value_dim)
     code = _packed_code(kv_format, heads, q.shape[1] // heads, q.shape[3], value_dim, page_tokens, softcap is not None)
-    return _carry_out(code, q, buffer, (offsets, offsets), spans, heads, value_dim, scale, softcap)
+    return _carry_out(code, q, buffer, (offsets, offsets), spans, heads, value_dim, scale, softcap, threads)
 
 
 def decode_raw(
@@ -91,6 +95,7 @@ def decode_raw(
     piece_tokens: int,
     scale: float,
     softcap: float | None = None,
+    threads: int | None = None,
 ) -> Sums:
     """``decode`` over pieces of pages that are not packed, as ``triton.decode_raw`` says."""
     if dtype not in DTYPES:
@@ -98,7 +103,7 @@ def decode_raw(
     at = (key_offsets, value_offsets)
     _check(q, buffer, at, spans, heads, value_dim)
     code = _raw_code(dtype, heads, q.shape[1] // heads, q.shape[3], value_dim, piece_tokens, softcap is not None)
-    return _carry_out(code, q, buffer, at, spans, heads, value_dim, scale, softcap)
+    return _carry_out(code, q, buffer, at, spans, heads, value_dim, scale, softcap, threads)
 
 
 def combine(parts: Sequence[Sums]) -> Partial:
@@ -124,14 +129,15 @@ def _carry_out(
     value_dim: int,
     scale: float,
     softcap: float | None,
+    threads: int | None,
 ) -> Sums:
     rows, asked, pages = q.shape[0], q.shape[1], at[0].shape[1]
     if q.numel() == 0 or not pages:
         return Sums(*(torch.empty(0, rows, asked, *more) for more in ((value_dim,), (), ())))
     split_pages = min(max(TASK_NBYTES // code.head_nbytes, 1), pages)
     splits = -(-pages // split_pages)
-    threads = 1 + pages * rows * heads * code.head_nbytes // THREAD_NBYTES
-    threads = min(threads, splits * rows * heads, torch.get_num_threads())
+    useful = 1 + pages * rows * heads * code.head_nbytes // THREAD_NBYTES
+    threads = min(useful, splits * rows * heads, threads or torch.get_num_threads())
     queries = (q.float() * (scale if softcap is None else scale / softcap)).contiguous()
     out, most, total = torch.empty(splits * rows * asked, value_dim), *torch.empty(2, splits, rows, asked).unbind()
     scratch = torch.empty(threads * code.thread_floats)

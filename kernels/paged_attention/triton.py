@@ -32,6 +32,9 @@ _ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float
 PREFERRED = True
 """To the model's own attention over pages that were gathered."""
 
+BESIDE = False
+"""The stream of the thread that calls these is what computes."""
+
 
 def fits(key_dim: int, value_dim: int) -> bool:
     """Whether heads can be of this size: of any."""

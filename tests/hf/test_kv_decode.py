@@ -23,7 +23,7 @@ needs_compiler = pytest.mark.skipif(
 class Kernels:
     """Triton's, interpreted."""
 
-    PREFERRED = True
+    PREFERRED, BESIDE = True, False
     fits, combine = staticmethod(triton.fits), staticmethod(triton.combine)
 
     def __init__(self, interpreter: Interpreter) -> None:
@@ -92,7 +92,8 @@ def test_without_triton_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) ->
 class Counted:
     """Kernels compiled for this processor, and how often they were called."""
 
-    PREFERRED, fits, combine = compiled.PREFERRED, staticmethod(compiled.fits), staticmethod(compiled.combine)
+    PREFERRED, BESIDE = compiled.PREFERRED, compiled.BESIDE
+    fits, combine = staticmethod(compiled.fits), staticmethod(compiled.combine)
 
     def __init__(self) -> None:
         self.calls = 0

@@ -64,6 +64,7 @@ class Ring:
         self._order = VisitOrder()
         self._queue: deque[_Fetch] = deque()
         self._held: list[_Fetch] = []  # what compute reads now
+        self._readers: list[Fence] = []  # and who does beside it
         self._served: set[Cell] = set()  # what it has read in the visit under way, if that was expected
         self._planned = 0  # visits before this one are queued
         self._todo: deque[tuple[Cell, ...]] | None = None  # groups of the visit `_planned` that are not
@@ -263,7 +264,8 @@ class Ring:
                     self._served.add(cell)
                 pages.append(cell.page)
                 offsets.append(at)
-        return Wave(tuple(pages), self._slots.buffer, tuple(offsets)) if pages else None
+        self._readers = []
+        return Wave(tuple(pages), self._slots.buffer, tuple(offsets), self._readers) if pages else None
 
     def _gate(self, fetch: _Fetch, wanted: dict[Cell, None]) -> bool:
         """Let compute wait for a fetch; False when it failed in a way that fetching anew may mend."""
@@ -298,7 +300,7 @@ class Ring:
     def _release(self) -> None:
         """Compute on what is held was issued."""
         if self._held:
-            mark = self._engine.mark()
+            over = (self._engine.mark(), *self._readers)
             for fetch in self._held:
-                self._slots.give_back(fetch.slot, (mark,))
+                self._slots.give_back(fetch.slot, over)
             self._held.clear()

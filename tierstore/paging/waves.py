@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tierstore.contracts import Buffer
+from tierstore.contracts import Buffer, Fence
 from tierstore.paging.places import NOWHERE, Cell, Places
 
 _KEPT = 4  # splits of a layer: as many groups of rows ask for other pages in turn
@@ -13,11 +13,15 @@ _KEPT = 4  # splits of a layer: as many groups of rows ask for other pages in tu
 
 @dataclass(frozen=True, slots=True)
 class Wave:
-    """The closed cell of each of ``pages`` begins at byte ``offsets[i]`` of ``buffer``."""
+    """The closed cell of each of ``pages`` begins at byte ``offsets[i]`` of ``buffer``.
+
+    Where other cells will come to its bytes it has ``readers``: to be told, before the next wave is asked for, of what
+    reads it beside the compute of the thread that asks."""
 
     pages: tuple[int, ...]
     buffer: Buffer
     offsets: tuple[int, ...]
+    readers: list[Fence] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tierstore.hf.kv.beside import Task
 from tierstore.hf.kv.masks import LazyMask
-from tierstore.hf.kv.sources import Places, Source
+from tierstore.hf.kv.reading import Reader
+from tierstore.hf.kv.sources import Places
 from tierstore.hf.kv.state import CacheState
 from tierstore.kernels.machine_code import can_compile
 from tierstore.kernels.paged_attention.partial import Partial, combine
@@ -62,30 +66,37 @@ def decode(
     state: CacheState, layer: int, query: Tensor, starts: list[int], scale: float, softcap: float | None
 ) -> Partial:
     """Attention of ``query`` [B, Hq, 1, key_dim] over the positions from ``starts`` on, of each row."""
-    kernels, cells = kernels_for(query.device), state.kind_of(layer).cells
+    kernels, cells, beside = kernels_for(query.device), state.kind_of(layer).cells, state.memory.beside
+    reader, lengths = state.reader(layer), state.passing_of(layer).columns.lengths
     shape, form = cells.shape, cells.form
     options: dict[str, Any] = {"heads": shape.heads, "value_dim": shape.value_dim, "scale": scale, "softcap": softcap}
     plain, packed = _Parts(kernels), _Parts(kernels)
     rotated: Tensor | None = None
-    for source in state.reader(layer).sources(layer):
+    for source in reader.sources(layer):
         places = source.places()
-        keys, values, spans = _tables(state, layer, source, places, starts)
+        tables = _tables(reader, source.pages, places, shape.page_tokens, starts, lengths)
         if source.packed and cells.raw_dtype is None:
             if rotated is None:
                 rotated = form.rotate_query(query if query.is_cuda else query.float())
             how = options | {"kv_format": form.name, "page_tokens": shape.page_tokens}
-            packed.add(kernels.decode(rotated, places.buffer, keys, spans, **how))
+            parts, call = packed, partial(kernels.decode, rotated, places.buffer, tables.keys, tables.spans, **how)
         else:
             how = options | {"dtype": cells.raw_dtype if source.packed else cells.dtype}
             how["piece_tokens"] = places.piece_tokens
-            plain.add(kernels.decode_raw(query, places.buffer, keys, values, spans, **how))
+            parts, call = plain, partial(kernels.decode_raw, query, places.buffer, *tables, **how)
+        if kernels.BESIDE and source.readers is not None:
+            task = beside.start(partial(call, threads=1))
+            source.readers.append(task)
+            parts.add(task)
+        else:
+            parts.add(call())
     found = [Partial(form.unrotate_output(part.out), part.lse) for part in packed.whole()] + plain.whole()
     assert found, "the query's own token is in a page"
     return combine(found)
 
 
 class _Parts:
-    """What kernels found in pages that came, until all have come."""
+    """What kernels found in pages that came, or are about to find, until all have come."""
 
     def __init__(self, kernels: Any) -> None:
         self._kernels = kernels
@@ -99,19 +110,25 @@ class _Parts:
 
     def whole(self) -> list[Partial]:
         """All of it as one part; none if there was nothing."""
-        found = self._whole + ([self._kernels.combine(self._parts)] if self._parts else [])
+        parts = [part.result() if isinstance(part, Task) else part for part in self._parts]
+        found = self._whole + ([self._kernels.combine(parts)] if parts else [])
         return [combine(found)] if found else []
 
 
+class _Tables(NamedTuple):
+    """Of each row, the bytes at which its pieces start, keys and values, int64 [B, n], and which of the tokens in them
+    its query sees, int32 [B, 2]."""
+
+    keys: Tensor
+    values: Tensor
+    spans: Tensor
+
+
 def _tables(
-    state: CacheState, layer: int, source: Source, places: Places, starts: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row, the bytes at which its pieces start, keys and values, int64 [B, n], and which of the tokens in
-    them its query sees, int32 [B, 2]."""
-    size, lengths = state.kind_of(layer).cells.shape.page_tokens, state.passing_of(layer).columns.lengths
-    reader = state.reader(layer)
+    reader: Reader, names: Sequence[int], places: Places, size: int, starts: Sequence[int], lengths: Sequence[int]
+) -> _Tables:
     mine: list[list[tuple[int, int]]] = [[] for _ in starts]
-    for number, page in enumerate(source.pages):
+    for number, page in enumerate(names):
         readers, index = reader.readers_of(page)
         for row in readers:
             if (index + 1) * size > starts[row] and index * size < lengths[row]:
@@ -131,7 +148,7 @@ def _tables(
     longest = max(1, *(len(keys) for keys, _ in rows))
     keys, values = ([part + [0] * (longest - len(part)) for part in column] for column in zip(*rows, strict=True))
     device = places.buffer.device
-    return (
+    return _Tables(
         torch.tensor(keys, device=device),
         torch.tensor(values, device=device),
         torch.tensor(spans, dtype=torch.int32, device=device),

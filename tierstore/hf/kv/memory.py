@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from sys import maxsize
+from threading import RLock
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -18,6 +19,7 @@ from tierstore.budget import Budget
 from tierstore.contracts import Pool
 from tierstore.errors import BudgetError, SessionClosedError
 from tierstore.events import Recorder
+from tierstore.hf.kv.beside import Beside
 from tierstore.hf.kv.cells import Cells
 from tierstore.hf.kv.kinds import KvKind
 from tierstore.hf.kv.rows import Rows
@@ -57,7 +59,8 @@ class Bound:
 
 
 class KvMemory:
-    """Frames, page tables and pagers for the layers of one model, within a budget. Used by one thread at a time.
+    """Frames, page tables and pagers for the layers of one model, within a budget. Used by one thread at a time: the
+    one that has ``turn``.
 
     ``layers`` say what each keeps, ``dtype`` is that of the model's keys and values, ``form`` how closed pages are
     kept. Pages on disk are below ``folder``. Raises ``PlanError`` where ``budget`` is too small, ``ModuleError`` for
@@ -85,6 +88,8 @@ class KvMemory:
         kinds = page_kinds(layers, dtype, form, page_tokens)
         unified = backend.engine.unified
         self.plan: PagePlan = build_page_plan(kinds, budget.kv_hbm, budget.kv_ram, budget.kv_nvme, unified=unified)
+        self.turn = RLock()
+        """Held during a forward, and whenever rows change."""
         self._dropped: deque[Rows] = deque()
         self._closing = ExitStack()
         self._closed = False
@@ -93,6 +98,8 @@ class KvMemory:
                 self._make_kind(plan, shape, folder) for plan, shape in zip(self.plan.kinds, shapes, strict=True)
             )
             self.scratch = self._memory(backend.device_pool, self.plan.scratch_nbytes)
+            self.beside = Beside()
+            self._closing.callback(self.beside.close)  # before the memory that it reads
         except BaseException:
             self._closing.close()
             raise
@@ -155,9 +162,10 @@ class KvMemory:
         )
 
     def close(self) -> None:
-        """End every transfer, release the memory and delete the page files. Idempotent."""
-        self._closed = True
-        self._closing.close()
+        """End every transfer, release the memory and delete the page files, once no thread has ``turn``. Idempotent."""
+        with self.turn:
+            self._closed = True
+            self._closing.close()
 
     def _make_kind(self, plan: KindPlan, shape: KvShape, folder: Path | None) -> KvKind:
         backend = self._backend

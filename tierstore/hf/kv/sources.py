@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from tierstore.contracts import Fence
 from tierstore.hf.kv.kinds import KvKind
 from tierstore.hf.kv.room import Room, States
 from tierstore.hf.kv.runs import take
@@ -36,7 +37,7 @@ class Source:
     places in ``pages``, in the dtype of a room and mostly in its memory.
 
     ``packed`` pages come as their format keeps them. With ``whole``, page i is entry ``at[i]`` of these views. What is
-    at ``places`` are tokens of ``dtype``, or None where it is codes.
+    at ``places`` are tokens of ``dtype``, or None where it is codes. ``readers`` are those of a wave.
     """
 
     pages: tuple[int, ...]
@@ -46,6 +47,7 @@ class Source:
     packed: bool = False
     whole: States | None = None
     at: Sequence[int] = ()
+    readers: list[Fence] | None = None
 
 
 class Sources:
@@ -109,12 +111,13 @@ class Sources:
 
         if cells.raw_dtype:
             at = [offset // FRAME_ALIGN for offset in wave.offsets]
-            return _raw(wave.pages, cells.raw_pages(buffer), at, places, cells.raw_dtype, packed=not plain)
+            made = _raw(wave.pages, cells.raw_pages(buffer), at, places, cells.raw_dtype, packed=not plain)
+            return replace(made, readers=wave.readers)
 
         def unpack(picks: Sequence[int], room: Room) -> States:
             return cells.unpack(buffer, [wave.offsets[pick] for pick in picks], room.dtype)
 
-        return Source(wave.pages, unpack, places, None, packed=True)
+        return Source(wave.pages, unpack, places, None, packed=True, readers=wave.readers)
 
 
 def _raw(
