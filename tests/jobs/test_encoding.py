@@ -6,11 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 
 from tests.jobs.made import good
 from tests.jobs.toy import END, VOCABULARY, ToyTokenizer
 from tierstore.errors import RowError
-from tierstore.jobs.encoding import Encoder, end_tokens
+from tierstore.jobs.encoding import Encoder, end_tokens, special_tokens
 from tierstore.jobs.rows import BadRow, Row
 from tierstore.jobs.workload import Workload
 from tierstore.sampling import Sampling
@@ -49,6 +50,17 @@ def test_prompts_are_taken_as_they_are_unless_they_are_to_be_chat() -> None:
 def test_what_cannot_be_tokens(tokenizer: Any, vocabulary: int, messages: Any, said: str) -> None:
     with pytest.raises(RowError, match=said):
         Encoder(tokenizer, vocabulary, chat=False).tokens("123", messages)
+
+
+def test_a_special_token_to_stop_at_is_found_as_a_token() -> None:
+    added = {END: AddedToken("<end>", special=True), 3: AddedToken("<plain>", special=False)}
+    special = special_tokens(SimpleNamespace(added_tokens_decoder=added))
+    assert (special, special_tokens(ToyTokenizer())) == ({"<end>": END}, {})
+    encoder = Encoder(ToyTokenizer(), VOCABULARY, chat=False, special=special)
+    assert encoder.stops(["a", "<end>", "<plain>"]) == (("a", "<plain>"), frozenset([END]))
+    assert encoder.stops([]) == ((), frozenset())
+    with pytest.raises(RowError, match=r"stop has '<end>\\n', .* special token '<end>'.*alone"):
+        encoder.stops(["a", "<end>\n"])
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,13 @@ ENCODER = Encoder(ToyTokenizer(), VOCABULARY, chat=False)
 SEED = 7
 
 
-def engine_of(model: ToyModel, *, sequences: int = 5, micro_batches: int = 2, **options: Any) -> Engine:
+def engine_of(
+    model: ToyModel, *, sequences: int = 5, micro_batches: int = 2, encoder: Encoder = ENCODER, **options: Any
+) -> Engine:
     room = model.capacity
     limits = Limits(model.tokens, micro_batches, sequences, room.page_tokens, room.pages, room.open_pages)
     options = {"ends": [END], "positions": None, "seed": SEED, **options}
-    return Engine(model, ENCODER, limits=limits, **options)
+    return Engine(model, encoder, limits=limits, **options)
 
 
 def drafting_of(model: ToyModel, *, always: bool, micro_batches: int = 2) -> Drafting:
@@ -304,3 +306,16 @@ def test_drafts_save_passes_where_texts_repeat_themselves(always: bool) -> None:
     assert engine.counts.accepted_tokens > 20
     assert engine.counts.generated_tokens == 40
     assert model.sequences == {}
+
+
+def test_a_text_stops_at_a_special_token_that_it_does_not_show() -> None:
+    rows = [row_of(line, "abc", seed=line, temperature=1.0, max_new_tokens=200) for line in range(1, 9)]
+    told = [replace(row, sampling=replace(row.sampling, stop=("<end>",), ignore_eos=True)) for row in rows]
+    encoder = Encoder(ToyTokenizer(), VOCABULARY, chat=False, special={"<end>": END})
+    results = answers_of(engine_of(ToyModel(), encoder=encoder), told)
+    assert {(each.row.line, each.text, each.finish_reason) for each in results if isinstance(each, Finished)} == {
+        (row.line, *alone(row, 0)[:2]) for row in rows
+    }
+    (failed,) = answers_of(engine_of(ToyModel(), encoder=encoder), [row_of(1, "abc", stop=("<end>!",))])
+    assert isinstance(failed, Failed)
+    assert "'<end>'" in failed.reason

@@ -133,8 +133,11 @@ class Engine:
                 f"{self._positions} positions: shorten the prompt, or lower max_new_tokens"
             )
         keys = page_keys(prompt, self._limits.page_tokens) if self._shares else ()
+        stop, ends = self._encoder.stops(row.sampling.stop)
+        if not row.sampling.ignore_eos:
+            ends |= self._ends
         self._number += 1
-        request = Request(row, self._number, prompt, seed_of(row, self._seed), list(samples), keys)
+        request = Request(row, self._number, prompt, seed_of(row, self._seed), list(samples), keys, stop, ends)
         if (sizes := too_long(request.as_waiting(), self._limits)) is not None:
             raise RowError(
                 f"a prompt of {len(prompt)} tokens and {new} new ones need KV pages for {sizes[0]} tokens, and there "
@@ -206,7 +209,7 @@ class Engine:
             return
         going_on = []
         for index in at.indexes:
-            sample = Sample(at.request, index, self._ending(at.request.row))
+            sample = Sample(at.request, index, self._ending(at.request))
             sample.take(logits)
             self.counts.generated_tokens += 1
             if sample.reason:
@@ -285,10 +288,9 @@ class Engine:
         self._waiting = dict(sorted({**self._waiting, request.number: request}.items()))
         return request
 
-    def _ending(self, row: Row) -> Ending:
-        sampling = row.sampling
-        ends = frozenset[int]() if sampling.ignore_eos else self._ends
-        return Ending(self._encoder.decode, ends=ends, stop=sampling.stop, most=sampling.max_new_tokens)
+    def _ending(self, request: Request) -> Ending:
+        most = request.row.sampling.max_new_tokens
+        return Ending(self._encoder.decode, ends=request.ends, stop=request.stop, most=most)
 
 
 def _all(row: Row) -> Sequence[int]:

@@ -17,7 +17,7 @@ from tierstore.budget import Budget
 from tierstore.errors import CheckpointError, ModuleError, PlanError
 from tierstore.jobs.draft_model import OpenDraft, beside, open_draft
 from tierstore.jobs.drafts import Drafting, ModelDrafter
-from tierstore.jobs.encoding import Encoder, end_tokens
+from tierstore.jobs.encoding import Encoder, end_tokens, special_tokens
 from tierstore.jobs.engine import Counts, Engine
 from tierstore.jobs.hidden_states import StatesRoom, room_for_states
 from tierstore.jobs.models import Prepared, divide_alone, prepare_alone, prepare_side_by_side
@@ -116,7 +116,7 @@ class _Opening:
         config: Any = module.config
         text = config.get_text_config(decoder=True)
         tokenizer = load_tokenizer(checkpoint.path, settings.trust_remote_code)
-        self._encoder = Encoder(tokenizer, text.vocab_size, settings.chat)
+        self._encoder = Encoder(tokenizer, text.vocab_size, settings.chat, special_tokens(tokenizer))
         if settings.chat and getattr(tokenizer, "chat_template", None) is None:
             raise CheckpointError(f"chat is asked for, and the tokenizer of {checkpoint.path} has no chat template")
         self._ends = end_tokens(module, tokenizer)

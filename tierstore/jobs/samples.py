@@ -43,7 +43,8 @@ class Request:
     """A ``row`` to be answered, ``number`` among those of this run, whose ``prompt`` is tokens.
 
     ``waiting`` are the samples, by index, that have no sequence yet. ``keys`` stand for the prompt's pages, none where
-    they are not to be shared. ``tries`` counts how often it had to start anew."""
+    they are not to be shared. Its texts end before a string of ``stop`` and with a token of ``ends``. ``tries`` counts
+    how often it had to start anew."""
 
     row: Row
     number: int
@@ -51,6 +52,8 @@ class Request:
     seed: int
     waiting: list[int]
     keys: tuple[bytes, ...]
+    stop: tuple[str, ...]
+    ends: frozenset[int]
     tries: int = 0
 
     def as_waiting(self) -> Waiting:
