@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from tests.hf.paged import generated, left_padded, paged, prompt, smallest
+from tests.hf.paged import decoder, generated, left_padded, paged, prompt, smallest
 from tests.hf.zoo import ZOO
 
 
@@ -42,3 +42,25 @@ def test_layers_that_look_from_fewer_queries_have_masks_of_their_own(gemma4: Any
             made.memory.scratch = made.memory.scratch[: max(kind.cells.page_nbytes for kind in made.memory.kinds) * 2]
             found, _ = generated(gemma4, **given)
         assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize(("name", "value"), [("cache_implementation", "static"), ("use_cache", False)])
+def test_a_model_whose_own_settings_say_another_cache_has_that(name: str, value: Any) -> None:
+    model = decoder("LlamaForCausalLM")
+    setattr(model.generation_config, name, value)
+    want, _ = generated(model, input_ids=prompt(27))
+    with paged(model) as made:
+        found, _ = generated(model, input_ids=prompt(27))
+        assert not made.cache.sequences
+        assert made.memory.usage().pages[0].kept_pages == 0
+    assert torch.equal(found, want)
+
+
+def test_what_transformers_takes_for_no_setting_is_none() -> None:
+    model = decoder("MistralForCausalLM")
+    model.generation_config.cache_implementation = "hybrid"  # as early checkpoints with windows say
+    want, _ = generated(model, input_ids=prompt(27))
+    with paged(model) as made:
+        found, _ = generated(model, input_ids=prompt(27))
+        assert made.cache.sequences
+    assert torch.equal(found, want)

@@ -63,7 +63,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class PagedCache(Cache):
-    """Keys and values in pages of ``memory``. A drop-in for ``DynamicCache``; dropping it frees its pages.
+    """Keys and values in pages of ``memory``. A drop-in for ``DynamicCache``; dropping it frees its pages. Threads that
+    use several caches over one memory take turns, forward by forward.
 
     Rows that are alike share pages; ``reorder_cache`` moves no bytes; pages behind a sliding window are given back,
     but while ``activate_past_recording`` waits for a ``crop``. Of the forwards of a module that ``KvGeneration`` wraps
@@ -111,7 +112,8 @@ class PagedCache(Cache):
 
     def reset(self) -> None:
         """Begin anew. What was stored stays findable by content as long as nothing else needs the room."""
-        self.state.clear()
+        with self.memory.turn:
+            self.state.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let each row become what row ``beam_idx[i]`` was: no bytes move."""
@@ -119,18 +121,22 @@ class PagedCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``, in this order."""
-        if self.state.rows.rows:
-            self.state.select(indices.tolist())
+        chosen = indices.tolist()
+        with self.memory.turn:
+            if self.state.rows.rows:
+                self.state.select(chosen)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times, side by side: they share their pages."""
-        if self.state.rows.rows:
-            self.state.select([row for row in range(len(self.state.rows)) for _ in range(repeats)])
+        with self.memory.turn:
+            if self.state.rows.rows:
+                self.state.select([row for row in range(len(self.state.rows)) for _ in range(repeats)])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take ``-tokens_to_remove`` columns off the end. A positive number is how many stay, as it once was."""
-        columns = self.state.rows.columns
-        self.state.crop(min(tokens_to_remove, columns) if tokens_to_remove > 0 else max(columns + tokens_to_remove, 0))
+        with self.memory.turn:
+            columns, by = self.state.rows.columns, tokens_to_remove
+            self.state.crop(min(by, columns) if by > 0 else max(columns + by, 0))
 
     def activate_past_recording(self) -> None:
         """Keep what is behind the windows until the next ``crop``."""
@@ -138,16 +144,24 @@ class PagedCache(Cache):
 
     @contextmanager
     def pause(self, rows: int | Sequence[int] | None = None) -> Iterator[None]:
-        """A long pause: the pages of ``rows`` (None is all) go down, and come back when the ``with`` block ends."""
-        chosen = range(len(self.state.rows)) if rows is None else [rows] if isinstance(rows, int) else rows
-        pages = self.state.pages_of(chosen)
-        for kind, each in zip(self.memory.kinds, pages, strict=True):
-            kind.pager.pause(each)
+        """A long pause: the pages of ``rows`` (None is all) go down, and come back when the ``with`` block ends.
+
+        Raises ``IndexError`` for a row that is not there."""
+        with self.memory.turn:
+            count = len(self.state.rows)
+            chosen = range(count) if rows is None else [rows] if isinstance(rows, int) else rows
+            for row in chosen:
+                if not -count <= row < count:
+                    raise IndexError(f"the cache has {count} rows and none of number {row}: pause those that it has")
+            pages = self.state.pages_of(chosen)
+            for kind, each in zip(self.memory.kinds, pages, strict=True):
+                kind.pager.pause(each)
         try:
             yield
         finally:
-            for kind, each in zip(self.memory.kinds, pages, strict=True):
-                kind.pager.resume(each)
+            with self.memory.turn:
+                for kind, each in zip(self.memory.kinds, pages, strict=True):
+                    kind.pager.resume(each)
 
 
 def _nothing() -> Any:

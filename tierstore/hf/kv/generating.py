@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 GoOn = Callable[[Call], Any]
 Stage = Callable[[GoOn, Call], Any]
+_UNSET = "hybrid"  # a cache_implementation that transformers takes for none
 _TRIES = 8  # so often pages may be lost in one forward, and computed anew
 
 
@@ -114,27 +115,31 @@ class KvGeneration:
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         name = self._forward.cache
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+        defaults = getattr(self.module, "generation_config", None)
 
         def option(key: str) -> Any:
-            found = kwargs.get(key)
-            return getattr(config, key, None) if found is None else found
+            values = (kwargs.get(key), getattr(config, key, None), getattr(defaults, key, None))
+            return next((value for value in values if value is not None), None)
 
         given = any(kwargs.get(each) is not None for each in CACHES)
-        if given or option("use_cache") is False or option("cache_implementation") is not None:
+        if given or option("use_cache") is False or option("cache_implementation") not in (None, _UNSET):
             return generate(*args, **kwargs)
-        cache = self.cache if not self._generating else self.cache.another()
-        cache.reset()
-        if getattr(config, "is_assistant", False):
-            cache.activate_past_recording()
-        cache.state.goal = _goal(args, kwargs, option)
-        self._generating += 1
+        with self.memory.turn:
+            cache = self.cache if not self._generating else self.cache.another()
+            cache.reset()
+            if getattr(config, "is_assistant", False):
+                cache.activate_past_recording()
+            cache.state.goal = _goal(args, kwargs, option)
+            self._generating += 1
         try:
             found = generate(*args, **kwargs, **{name: cache})
         finally:
-            self._generating -= 1
-            cache.state.goal = 0
-        cache.state.finish()
-        cache.state.seal()
+            with self.memory.turn:
+                self._generating -= 1
+                cache.state.goal = 0
+        with self.memory.turn:
+            cache.state.finish()
+            cache.state.seal()
         return found
 
     # ---- forward
@@ -152,13 +157,14 @@ class KvGeneration:
         go_on: GoOn = _called
         for stage in self._stages:
             go_on = partial(stage, go_on)
-        rows, columns = call.batch, cache.state.rows.columns + call.length
-        try:
-            return go_on(call)
-        except CapacityError as error:
-            if not error.of_pages:
-                raise
-            raise CapacityError(f"{error}{cache.state.enough(rows, columns)}", of_pages=True) from error
+        with self.memory.turn:  # forwards of other threads wait
+            rows, columns = call.batch, cache.state.rows.columns + call.length
+            try:
+                return go_on(call)
+            except CapacityError as error:
+                if not error.of_pages:
+                    raise
+                raise CapacityError(f"{error}{cache.state.enough(rows, columns)}", of_pages=True) from error
 
     def _run(self, go_on: GoOn, call: Call) -> Any:
         """The model itself, with attention over pages. A pass that fails never was."""
