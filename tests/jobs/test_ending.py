@@ -59,3 +59,11 @@ def test_end_tokens_can_be_ignored() -> None:
     ending = Ending(decode, ends=(), stop=(), most=4)
     assert ended([END, END, 97, 97, 97], ending) == (4, "length")
     assert ending.text([END, END, 97, 97]) == "aa"
+
+
+def test_a_text_that_is_cut_has_stopped() -> None:
+    """Special tokens, which nobody sees, have parted the stop string."""
+    tokens = [97, *[END] * 50, 98]
+    ending = Ending(decode, ends=(), stop=["ab"], most=len(tokens))
+    assert ended(tokens, ending) == (len(tokens), "stop")
+    assert ending.text(tokens) == ""

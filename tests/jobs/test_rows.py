@@ -92,6 +92,8 @@ def test_what_changes_no_text_is_ignored(name: str) -> None:
         ({"prompt": "a", "max_tokens": "5"}, "^max_tokens is '5'"),
         ({"prompt": "a", "max_tokens": 5, "max_new_tokens": 6}, "differ"),
         ({"prompt": "a", "max_tokens": [5]}, "^max_tokens is"),
+        ({"prompt": "a", "max_tokens": 5, "max_new_tokens": "x" * 10_000}, "^max_new_tokens is"),
+        ({"prompt": "a", "max_tokens": True, "max_completion_tokens": 1}, "^max_tokens is True"),
         ({"prompt": "\ud800"}, "half a surrogate"),
         ({"prompt": "a", "stop": ["\udc00"]}, "stop has half"),
         ({"messages": []}, "at least one message"),

@@ -36,7 +36,9 @@ class Ending:
             return "stop"
         if self._stop and self._stops(tokens[-self._window :]) and self._stops(tokens):
             return "stop"
-        return "length" if len(tokens) >= self._most else None
+        if len(tokens) < self._most:
+            return None
+        return "stop" if self._stop and self._stops(tokens) else "length"  # special tokens may have parted a stop
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of all ``tokens``, cut before the first stop string."""

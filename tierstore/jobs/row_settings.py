@@ -54,12 +54,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 def merge_settings(given: dict[str, Any], defaults: Sampling) -> Sampling:
     """``defaults`` with the settings among ``given``; null leaves the default. Raises ``RowError``."""
     settings = {name: value for name, value in given.items() if name in SETTINGS}
-    lengths = {name: given[name] for name in LENGTHS if given.get(name) is not None}
-    for name, value in lengths.items():
-        if name not in SETTINGS:
-            settings["max_new_tokens"] = _length(name, value)
-    if len(lengths) > 1 and len(set(map(repr, lengths.values()))) > 1:
+    lengths = {name: _length(name, given[name]) for name in LENGTHS if given.get(name) is not None}
+    if len(set(lengths.values())) > 1:
         raise RowError(f"{' and '.join(f'{name} {value}' for name, value in lengths.items())} differ: give one of them")
+    if lengths:
+        settings["max_new_tokens"] = next(iter(lengths.values()))
     for stop in given["stop"] if isinstance(given.get("stop"), list) else [given.get("stop")]:
         if isinstance(stop, str):
             check_text(stop, "stop")
