@@ -19,12 +19,14 @@ class PageNeed:
     """``rows`` sequences of up to ``tokens`` tokens, which grow side by side and share nothing.
 
     ``whole``: pages behind a window are kept too. ``beside``: of each kind, pages that others hold, open ones perhaps.
+    ``at_once`` tokens of each come in one pass, which cannot be several, so that their pages are all open.
     """
 
     rows: int
     tokens: int
     whole: bool = False
     beside: tuple[int, ...] = ()
+    at_once: int = 0
 
 
 def advice(kv_hbm: int, rows: int, tokens: int) -> str:
@@ -44,6 +46,8 @@ def has_room(plan: KindPlan, need: PageNeed, beside: int = 0, *, below: bool = T
     opened = min(opened + beside, pages)
     room = (plan.ram_frames // layers + _pages_on_disk(plan)) if below else 0
     going_down = layers * plan.run_cells if plan.ram_frames or plan.nvme_slots else 0
+    if need.at_once and need.rows * -(-need.at_once // kind.page_tokens) + beside > plan.open_pages:
+        return False
     frames = layers * (opened * plan.open.frames + max(pages - opened - room, 0)) + (0 if kind.plain else opened)
     return pages <= plan.pages and frames + going_down <= plan.frames
 

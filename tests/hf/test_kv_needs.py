@@ -103,3 +103,17 @@ def test_what_other_caches_hold_counts() -> None:
     with pytest.raises(CapacityError) as full:
         both(kv_hbm)
     both(named(full.value))
+
+
+@pytest.mark.parametrize("form", [None, "int8"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_input_that_cannot_go_in_chunks_has_all_its_pages_open(form: str | None, rows: int, tmp_path: Path) -> None:
+    model, tiers = model_of("MistralForCausalLM"), BELOW["disk"]
+
+    def generate(kv_hbm: int) -> None:
+        with paged(model, tmp_path, format=form, kv_hbm=kv_hbm, **tiers):
+            generated(model, 3, input_ids=prompt(150, rows), output_hidden_states=True)
+
+    with pytest.raises(CapacityError, match="output_hidden_states") as refused:
+        generate(smallest(model, form, **tiers))
+    generate(named(refused.value))

@@ -59,3 +59,12 @@ def test_one_sequence_that_is_short_needs_what_a_plan_needs(kinds: list[PageKind
     found = enough_hbm(kinds, PageNeed(1, 1), 0, nvme, unified=True)
     assert found is not None
     assert refused.value.needed <= found <= 1.02 * refused.value.needed + 2
+
+
+def test_what_comes_at_once_is_open_at_once() -> None:
+    one = kind(4, tokens=64)
+    chunked, at_once = (enough_hbm([one], PageNeed(2, 640, at_once=n), 0, GIB, unified=True) for n in (0, 640))
+    assert chunked is not None
+    assert at_once is not None
+    plans = [build_page_plan([one], each, 0, GIB, unified=True).kinds[0] for each in (chunked, at_once)]
+    assert [plan.open_pages >= 20 for plan in plans] == [False, True]

@@ -164,7 +164,8 @@ class KvGeneration:
             except CapacityError as error:
                 if not error.of_pages:
                     raise
-                raise CapacityError(f"{error}{cache.state.enough(rows, columns)}", of_pages=True) from error
+                at_once = call.length if call.why_whole else 0
+                raise CapacityError(f"{error}{cache.state.enough(rows, columns, at_once)}", of_pages=True) from error
 
     def _run(self, go_on: GoOn, call: Call) -> Any:
         """The model itself, with attention over pages. A pass that fails never was."""

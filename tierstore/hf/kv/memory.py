@@ -138,6 +138,7 @@ class KvMemory:
         *,
         whole: bool = False,
         beside: Sequence[int] = (),
+        at_once: int = 0,
         budget: Budget | None = None,
     ) -> str:
         """What to say where ``rows`` sequences of up to ``tokens`` tokens find no room, as in ``PageNeed``; empty where
@@ -145,7 +146,7 @@ class KvMemory:
         budget, kinds = budget or self._budget, [plan.kind for plan in self.plan.kinds]
         found = enough_hbm(
             kinds,
-            PageNeed(rows, tokens, whole, tuple(beside)),
+            PageNeed(rows, tokens, whole, tuple(beside), at_once),
             budget.kv_ram,
             budget.kv_nvme,
             unified=self._backend.engine.unified,

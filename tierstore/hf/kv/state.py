@@ -200,14 +200,16 @@ class CacheState:
         self.stored = None if stored is None else stored[:, :columns].to(self.memory.device)
         return columns
 
-    def enough(self, rows: int, tokens: int) -> str:
-        """What to say where ``rows`` rows of up to ``tokens`` positions, or the goal, find no room beside others."""
+    def enough(self, rows: int, tokens: int, at_once: int = 0) -> str:
+        """What to say where ``rows`` rows of up to ``tokens`` positions, or the goal, find no room beside others;
+        ``at_once`` of each come in one pass."""
         held = [
             {page for r in range(len(self.rows)) for page in self.rows.pages(r, number) if page >= 0}
             for number in range(len(self.memory.kinds))
         ]
         beside = [kind.table.usage().held_pages - len(mine) for kind, mine in zip(self.memory.kinds, held, strict=True)]
-        return self.memory.enough(rows, max(tokens, self.goal), whole=self.recording, beside=beside)
+        tokens = max(tokens, self.goal)
+        return self.memory.enough(rows, tokens, whole=self.recording, beside=beside, at_once=at_once)
 
     def pages_of(self, rows: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """The closed pages of some rows, of each kind."""
