@@ -14,7 +14,7 @@ from tierstore.paging.groups import groups, places_in_slot
 from tierstore.paging.order import Item, VisitOrder
 from tierstore.paging.places import Cell, Places
 from tierstore.paging.slots import Slots
-from tierstore.paging.waves import Splitter, Wave
+from tierstore.paging.waves import Split, Splitter, Wave
 
 Up = Callable[[Sequence[Cell], Buffer, Sequence[int], Sequence[Fence]], Fence]
 
@@ -68,6 +68,7 @@ class Ring:
         self._served: set[Cell] = set()  # what it has read in the visit under way, if that was expected
         self._planned = 0  # visits before this one are queued
         self._todo: deque[tuple[Cell, ...]] | None = None  # groups of the visit `_planned` that are not
+        self._groups: dict[int, tuple[Split, tuple[tuple[Cell, ...], ...]]] = {}  # of layers, while no cell moves
         self._departures = 0
         self._turn = 0
         self.misses = 0
@@ -184,13 +185,19 @@ class Ring:
         fetched = {cell for fetch in self._queue if fetch.visit == visit for cell in fetch.cells}
         if visit == self._order.cursor:
             fetched |= self._served
-        streamed = self._splitter.split(*self._order.item(visit)).streamed
-        return deque(groups((cell for cell in streamed if cell not in fetched), self._slot_cells))
+        split = self._splitter.split(*self._order.item(visit))
+        if fetched:
+            return deque(groups((cell for cell in split.streamed if cell not in fetched), self._slot_cells))
+        layer, _ = self._order.item(visit)
+        known = self._groups.get(layer)
+        if known is None or known[0] is not split:
+            known = self._groups[layer] = split, tuple(groups(split.streamed, self._slot_cells))
+        return deque(known[1])
 
     def _start(self, visit: int, group: Sequence[Cell], *, now: bool) -> bool:
         """Fetch a group for a visit; False where only earlier or equal visits hold slots, or, unless it is needed
         ``now``, where the host would have to wait."""
-        cells = tuple(cell for cell in group if cell.is_down and not cell.forgotten)
+        cells = tuple([cell for cell in group if cell.is_down and not cell.forgotten])
         if not cells:
             return True
         if not self._slots.free and not self._steal(visit):

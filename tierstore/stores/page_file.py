@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tierstore.budget import format_nbytes
-from tierstore.contracts import Buffer, CellRead, Fence, PageRun, ReadRequest
+from tierstore.contracts import Buffer, CellRead, Fence, PageRun
 from tierstore.errors import PageLostError, StoreError, StoreFullError, StoreReadError
 from tierstore.extents import Extent
 from tierstore.stores.durable import CHUNK, store_errors
 from tierstore.stores.page_runs import Run, RunSpace
 from tierstore.stores.page_writes import NamelessFile, WriteRun, cell_crcs
-from tierstore.stores.reader import Reader
+from tierstore.stores.reader import FileRun, Reader
 from tierstore.stores.workers import PAGE, ReadFence, Workers, buffer_address
 
 
@@ -95,10 +95,12 @@ class PageFile:
 
     def read(self, requests: Sequence[CellRead]) -> CellFence:
         """Start reading, as ``PageStore.read`` says. Neighbouring cells are read at once, wherever they go to."""
-        wanted = sorted((self._wanted(request) for request in requests), key=lambda each: each.extents)
+        wanted = [each for each in map(self._wanted, requests) if each.count]
+        wanted.sort(key=lambda each: each.extents[0].offset)
         fence = CellFence(sum(each.nbytes for each in wanted), requests, str(self._folder))
         batches = [
-            (self._reader.read([part for each in batch for part in each.requests]), batch) for batch in _batches(wanted)
+            (self._reader.read_runs([part for each in batch for part in each.reads], requests), batch)
+            for batch in _batches(wanted)
         ]
         self._checker.submit(fence, [_Check(fence, self._reader, batches)] if batches else [])
         self._reads.append((fence, [extent for each in wanted for extent in each.extents]))
@@ -122,9 +124,10 @@ class PageFile:
         run = self._space.check(request.run, request.first, request.count)
         if not run.written:
             raise StoreError("a run is read that is not written, or failed to be: wait for its fence first")
-        buffer_address(request.into, request.count * self.cell_nbytes)
+        nbytes = request.count * self.cell_nbytes
+        address = buffer_address(request.into, nbytes)
         extents = self._space.extents(run, request.first, request.count)
-        return _Wanted(run, request.first, self.cell_nbytes, extents, request.into)
+        return _Wanted(run, request.first, request.count, nbytes, extents, address)
 
     def _under_way(self) -> Iterator[tuple[ReadFence, list[Extent]]]:
         while self._reads and self._reads[0][0].done():
@@ -138,42 +141,44 @@ class PageFile:
             self._made_folder = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Wanted:
-    """Neighbouring cells, the bytes of the file that they are, in order, and where they go."""
+    """``count`` neighbouring cells, the bytes of the file that they are, in order, and the host address they go to."""
 
     run: Run
     first: int
-    cell_nbytes: int
+    count: int
+    nbytes: int
     extents: list[Extent]
-    into: Buffer
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of them all."""
-        return sum(extent.nbytes for extent in self.extents)
+    address: int
 
     @property
     def cells(self) -> range:
         """Their numbers in the run."""
-        return range(self.first, self.first + self.nbytes // self.cell_nbytes)
+        return range(self.first, self.first + self.count)
 
     @property
-    def requests(self) -> list[ReadRequest]:
-        """All of them at once."""
-        return self._requests(self.extents, 0)
+    def cell_nbytes(self) -> int:
+        """Bytes of one of them."""
+        return self.nbytes // self.count
 
-    def cell(self, number: int) -> list[ReadRequest]:
+    @property
+    def reads(self) -> list[FileRun]:
+        """All of them at once."""
+        return _reads(self.extents, self.address)
+
+    def cell(self, number: int) -> list[FileRun]:
         """The cell with that number in the run."""
         nbytes = self.cell_nbytes
-        return self._requests(self.run.part(number * nbytes, nbytes), (number - self.first) * nbytes)
+        return _reads(self.run.part(number * nbytes, nbytes), self.address + (number - self.first) * nbytes)
 
-    def _requests(self, extents: list[Extent], at: int) -> list[ReadRequest]:
-        requests = []
-        for extent in extents:
-            requests.append(ReadRequest(0, extent, self.into[at : at + extent.nbytes]))
-            at += extent.nbytes
-        return requests
+
+def _reads(extents: Sequence[Extent], address: int) -> list[FileRun]:
+    reads = []
+    for extent in extents:
+        reads.append((0, extent.offset, extent.nbytes, address))
+        address += extent.nbytes
+    return reads
 
 
 def _batches(wanted: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:
@@ -243,7 +248,7 @@ class _Check:
 
     def _compare(self, wanted: _Wanted, arrived: Container[int]) -> None:
         run = wanted.run
-        crcs = cell_crcs(wanted.into.data_ptr(), wanted.nbytes, wanted.cell_nbytes)
+        crcs = cell_crcs(wanted.address, wanted.nbytes, wanted.cell_nbytes)
         for cell, crc in zip(wanted.cells, crcs, strict=True):
             if crc != run.crcs[cell] and cell in arrived:
                 self.fence.lose(run, cell, f"it has CRC32C {crc:08x}, written with {run.crcs[cell]:08x}")
@@ -253,7 +258,7 @@ class _Check:
         arrived = set()
         for cell in wanted.cells:
             try:
-                self.reader.read(wanted.cell(cell)).wait()
+                self.reader.read_runs(wanted.cell(cell), ()).wait()  # the fence keeps the buffers
                 arrived.add(cell)
             except StoreReadError as error:
                 self.fence.lose(wanted.run, cell, "it cannot be read, or the file was cut short", error)

@@ -29,6 +29,9 @@ from tierstore.stores.workers import (
     view_of,
 )
 
+FileRun = tuple[int, int, int, int]
+"""A file's number, the offset of some bytes in it, how many they are, and the host address that they go to."""
+
 KEPT_OPEN = 128
 """Files up to which all stay open; a store with more opens them at each read, as processes may open few."""
 
@@ -248,8 +251,12 @@ class Reader:
         Raises ``StoreError`` at once when closed, or for a request that names no file or a buffer of another size.
         """
         runs = [(r.file, r.extent.offset, r.extent.nbytes, self._address(r)) for r in requests if r.extent.nbytes]
+        return self.read_runs(runs, requests)
+
+    def read_runs(self, runs: list[FileRun], keep: Sequence[object]) -> ReadFence:
+        """``read`` for runs that are known to be right, into host memory that ``keep`` keeps allocated."""
         runs.sort()
-        fence = ReadFence(sum(run[2] for run in runs), requests)
+        fence = ReadFence(sum(run[2] for run in runs), keep)
         self._workers.submit(fence, self._jobs(fence, _joined(runs)))
         return fence
 
@@ -273,7 +280,7 @@ class Reader:
             raise StoreError(f"file number {request.file} was asked for, the store has {len(self._files)}")
         return buffer_address(request.into, request.extent.nbytes)
 
-    def _jobs(self, fence: ReadFence, runs: Iterable[tuple[int, int, int, int]]) -> list[Job]:
+    def _jobs(self, fence: ReadFence, runs: Iterable[FileRun]) -> list[Job]:
         jobs: list[Job] = []
         bounce: _Bounce | None = None  # the last one, that neighbours may join
 
@@ -309,8 +316,8 @@ class Reader:
         return jobs
 
 
-def _joined(runs: Sequence[tuple[int, int, int, int]]) -> Iterable[tuple[int, int, int, int]]:
-    """Sorted runs (file, offset, nbytes, address), with those that adjoin in file and in memory made one."""
+def _joined(runs: Sequence[FileRun]) -> Iterable[FileRun]:
+    """Sorted runs, with those that adjoin in file and in memory made one."""
     if not runs:
         return
     file, offset, nbytes, address = runs[0]

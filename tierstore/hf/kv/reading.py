@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,16 @@ class Group:
     packed: bool
 
 
+class Readers(NamedTuple):
+    """The ``rows`` that read a page, which is ``number`` of the pages of each of them."""
+
+    rows: tuple[int, ...]
+    number: int
+
+
+NOBODY = Readers((), 0)
+
+
 class Reader:
     """Reads the pages of one kind in one pass."""
 
@@ -37,8 +48,7 @@ class Reader:
         self._pass = passing
         self._sources = Sources(passing.kind, known)
         self._cells = passing.kind.cells
-        self._index_of: dict[int, int] = {}  # of a page in its rows
-        self._rows_of: dict[int, tuple[int, ...]] = {}
+        self._readers: dict[int, Readers] = {}
 
     def sources(self, layer: int) -> Iterator[Source]:
         """All pages of the pass, each in one source. A step on says that compute on the last source was issued."""
@@ -85,12 +95,12 @@ class Reader:
     def groups(self, layer: int, room: Room, most: int) -> Iterator[Group]:
         """All pages by who reads them, at most ``most`` pages at a time, in ``room`` or where they are unpacked to: a
         step on may overwrite the last group."""
-        self._learn()
+        readers = self.readers
         for source in self.sources(layer):
             alone: dict[int, list[int]] = {}
             together: dict[tuple[int, ...], list[int]] = {}
             for pick, page in enumerate(source.pages):
-                rows = self._rows_of.get(page, ())
+                rows, _ = readers.get(page, NOBODY)
                 if len(rows) == 1:
                     alone.setdefault(rows[0], []).append(pick)
                 elif rows:
@@ -109,24 +119,20 @@ class Reader:
         keys, values = (  # views, as pages follow each other without a gap
             part.view(len(picks), -1, *part.shape[1:]).permute(0, 3, 1, 2, 4).flatten(2, 3) for part in states
         )
-        indices = tuple(tuple(self._index_of[source.pages[pick]] for pick in each) for each in picks)
+        indices = tuple(tuple(self.readers[source.pages[pick]].number for pick in each) for each in picks)
         return Group(rows, indices, keys, values, source.packed)
 
-    def readers_of(self, page: int) -> tuple[tuple[int, ...], int]:
-        """The rows that read a page, and its index in each of them."""
-        self._learn()
-        return self._rows_of.get(page, ()), self._index_of.get(page, 0)
-
-    def _learn(self) -> None:
-        if self._index_of:
-            return
-        names = self._pass.closed + self._pass.unclosed
-        rows_of: dict[int, list[int]] = {}
-        for r, slots in enumerate(self._pass.slots):
-            for index, slot in enumerate(slots, self._pass.first_index[r]):
-                self._index_of[names[slot]] = index
-                rows_of.setdefault(names[slot], []).append(r)
-        self._rows_of = {page: tuple(rows) for page, rows in rows_of.items()}
+    @property
+    def readers(self) -> Mapping[int, Readers]:
+        """Who reads each page of the pass."""
+        if not self._readers:
+            names = self._pass.closed + self._pass.unclosed
+            found: dict[int, tuple[list[int], int]] = {}
+            for r, slots in enumerate(self._pass.slots):
+                for index, slot in enumerate(slots, self._pass.first_index[r]):
+                    found.setdefault(names[slot], ([], index))[0].append(r)
+            self._readers = {page: Readers(tuple(rows), index) for page, (rows, index) in found.items()}
+        return self._readers
 
     def _dense(self, source: Source) -> States:
         cells = self._cells

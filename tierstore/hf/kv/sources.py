@@ -105,8 +105,8 @@ class Sources:
         buffer = cast(Tensor, wave.buffer)
 
         def places() -> Places:
-            keys = [(offset,) for offset in wave.offsets]
-            values = [(offset + cells.value_offset,) for offset in wave.offsets] if cells.raw_dtype else keys
+            keys, behind = [(offset,) for offset in wave.offsets], cells.value_offset
+            values = [(offset + behind,) for offset in wave.offsets] if cells.raw_dtype else keys
             return Places(buffer, keys, values, cells.shape.page_tokens)
 
         if cells.raw_dtype:
