@@ -64,3 +64,19 @@ def test_what_transformers_takes_for_no_setting_is_none() -> None:
         found, _ = generated(model, input_ids=prompt(27))
         assert made.cache.sequences
     assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "DeepseekV3ForCausalLM"])
+def test_pages_keep_what_autocast_makes(name: str) -> None:
+    model = decoder(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        want, logits = generated(model, input_ids=prompt(60))
+        with paged(model):
+            found, same = generated(model, input_ids=prompt(60))
+        assert torch.equal(found, want)
+        assert all(map(torch.equal, same, logits))
+        with paged(model) as made:
+            made.memory.scratch = made.memory.scratch[: made.memory.kinds[0].cells.page_nbytes * 2]
+            found, near = generated(model, input_ids=prompt(60), new=3)
+    assert torch.equal(found, want[:, :63])
+    torch.testing.assert_close(near, logits[:3], rtol=0.02, atol=0.02)

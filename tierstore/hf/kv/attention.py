@@ -9,7 +9,8 @@ keep what keys and values are made from, these are made of what was gathered, or
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -62,7 +63,8 @@ def paged_attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]
         into = None if in_place else _room(state, layer, query, attention_mask, original, kwargs, expansion)
         if into is None:
             softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-            out = attend(state, layer, query, attention_mask, scaling, softcap, sinks, expansion)
+            with _in_own_dtype(query, state.memory.dtype) as asking:
+                out = attend(state, layer, asking, attention_mask, scaling, softcap, sinks, expansion)
             weights = None
         else:
             state.reader(layer).gather(layer, into)
@@ -72,6 +74,18 @@ def paged_attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]
         return out, weights
 
     return forward
+
+
+@contextmanager
+def _in_own_dtype(query: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Within, parts of attention are computed and merged in the precision that they ask for, whatever autocast says;
+    gives the query for that."""
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        yield query
+        return
+    with torch.autocast(kind, enabled=False):
+        yield query.to(dtype)
 
 
 def _original(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:

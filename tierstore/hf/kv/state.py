@@ -63,6 +63,7 @@ class CacheState:
         if kind is None:
             raise ModuleError(f"layer {layer} keeps keys and values although the config of the model says it does not")
         self._check(keys, values, layer, kind)
+        keys, values = keys.to(memory.dtype), values.to(memory.dtype)
         if self.passing is None or layer in self.passing.written:
             self._begin(keys)
         passing = cast(Passing, self.passing)
@@ -319,10 +320,14 @@ class CacheState:
     def _check(self, keys: Tensor, values: Tensor, layer: int, kind: int) -> None:
         shape, dtype = self.memory.kinds[kind].cells.shape, self.memory.dtype
         have = (keys.shape[1], keys.shape[3], values.shape[3])
-        if have != (shape.heads, shape.key_dim, shape.value_dim) or keys.dtype != dtype or values.dtype != dtype:
+        dtypes = {keys.dtype, values.dtype}
+        if torch.is_autocast_enabled(keys.device.type):  # which makes fewer bits than pages keep, or as many
+            dtypes = {torch.promote_types(each, dtype) for each in dtypes}
+        if have != (shape.heads, shape.key_dim, shape.value_dim) or dtypes != {dtype}:
             raise ModuleError(
-                f"layer {layer} makes {have[0]} heads of keys x {have[1]} and values x {have[2]} in {keys.dtype}; its "
-                f"config says {shape.heads} of {shape.key_dim} and {shape.value_dim} in {dtype}: load it without kv_hbm"
+                f"layer {layer} makes {have[0]} heads of keys x {have[1]} in {keys.dtype} and values x {have[2]} in "
+                f"{values.dtype}; its config says {shape.heads} of {shape.key_dim} and {shape.value_dim} in {dtype}: "
+                "load it without kv_hbm"
             )
         if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
             raise ModuleError("pages keep no gradients: call the model in torch.no_grad(), or give it another cache")
