@@ -80,3 +80,15 @@ def test_pages_keep_what_autocast_makes(name: str) -> None:
             found, near = generated(model, input_ids=prompt(60), new=3)
     assert torch.equal(found, want[:, :63])
     torch.testing.assert_close(near, logits[:3], rtol=0.02, atol=0.02)
+
+
+@torch.no_grad()
+def test_tokens_of_another_type_are_other_tokens() -> None:
+    model, ids = decoder("GPT2LMHeadModel"), prompt(40)
+    types = torch.arange(40)[None] % 2
+    asked: list[dict[str, Any]] = [{}, {"token_type_ids": types}, {"token_type_ids": 1 - types}, {}]
+    wanted = [model(ids, logits_to_keep=1, **each).logits for each in asked]
+    with paged(model) as made:
+        found = [model(ids, logits_to_keep=1, cache=made.cache.another(), **each).logits for each in asked]
+        assert made.cache.another().state.share(ids, None, 39) > 0
+    torch.testing.assert_close(found, wanted)

@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from tierstore.hf.kv.state import CacheState
-from tierstore.hf.splitting import Forward, length_of, part_of
+from tierstore.hf.splitting import CACHES, Forward, length_of, part_of
+
+_KNOWN = ("input_ids", "attention_mask", "position_ids", "cache_position", "labels", "logits_to_keep", *CACHES)
+"""What is given with tokens, and says no more of the keys than these and a mask do."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,17 @@ class Call:
     def by_tokens(self) -> bool:
         """Whether tokens and a mask determine the keys: so they do where nothing else of that kind is given."""
         mask = self.given.get("attention_mask")
-        return (mask is None or self.mask is not None) and standard_positions(self)
+        return (mask is None or self.mask is not None) and standard_positions(self) and not self._more_than_tokens
+
+    @property
+    def _more_than_tokens(self) -> bool:
+        """Whether something is given that keys may depend on too, such as types of tokens, or an image."""
+        return any(
+            not (isinstance(value, Cache) or value is None or isinstance(value, bool | int | float | str | torch.dtype))
+            and not (name.endswith("mm_token_type_ids") and isinstance(value, Tensor) and not bool(value.any()))
+            for name, value in self.given.items()
+            if name not in _KNOWN
+        )
 
     @property
     def batch(self) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequen
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -190,17 +190,21 @@ class KvGeneration:
             try:
                 return go_on(call)
             except PageLostError as error:
-                if not left or not self._again(go_on, call, error):
+                state = call.state
+                if state.tokens is None or state.tokens.shape[1] < state.rows.columns:
+                    raise PageLostError(
+                        f"{error}; the cache does not know them, as something else than tokens entered too: reset it "
+                        "and generate again, with store= on a disk that gives back what was written to it",
+                        cells=error.cells,
+                    ) from error
+                if not left or not self._again(go_on, call, error.cells):
                     raise
         raise AssertionError("the last try returns or raises")
 
-    def _again(self, go_on: GoOn, call: Call, error: PageLostError) -> bool:
-        """Whether the tokens of lost pages were known, and all that was there until now is there again."""
-        state, lost = call.state, error.cells
-        tokens, stored = state.tokens, state.stored
-        columns = state.rows.columns
-        if tokens is None or tokens.shape[1] < columns:
-            return False
+    def _again(self, go_on: GoOn, call: Call, lost: Sequence[tuple[Any, int]]) -> bool:
+        """Whether all that was there until some cells were ``lost`` is there again; all tokens are known."""
+        state = call.state
+        tokens, stored = cast(Tensor, state.tokens), state.stored
         for _ in range(_TRIES):
             state.rewind(lost)
             lost = ()
