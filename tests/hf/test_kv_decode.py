@@ -84,11 +84,6 @@ def test_a_dtype_without_kernels_is_gathered(kernels: Kernels, monkeypatch: pyte
     assert kernels.calls == before
 
 
-def test_without_triton_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "find_spec", lambda name: None)
-    assert decoding.kernels_for(torch.device("cuda")) is None
-
-
 class Counted:
     """Kernels compiled for this processor, and how often they were called."""
 

@@ -13,7 +13,7 @@ from tests.edges.interpreter import Interpreter
 from tests.hf.batches import greedy, some_tokens, token_model
 from tests.hf.paged import decoder, generated, left_padded, paged, prompt, smallest
 from tierstore.backends import backend_for
-from tierstore.hf.kv import cells, moving
+from tierstore.hf.kv import cells
 
 KV: dict[str, Any] = {"kv_hbm": 1 << 20}
 ONE, ROWS = {"input_ids": prompt(27)}, left_padded((19, 14))
@@ -117,9 +117,3 @@ def test_on_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append(generated(model, new=4, **given))
     assert torch.equal(found[0][0], found[1][0])
     assert all(map(torch.equal, found[0][1], found[1][1]))
-
-
-def test_without_triton_torch_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert moving.movers_for(torch.device("cpu")) is None
-    monkeypatch.setattr(moving, "find_spec", lambda name: None)
-    assert moving.movers_for(torch.device("cuda")) is None

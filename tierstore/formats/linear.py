@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from math import prod
 from typing import Any, cast
 
@@ -26,6 +25,7 @@ from tierstore.formats.mxfp4 import MxFp4
 from tierstore.formats.scratch import Scratch
 from tierstore.formats.tables import unpack_rows
 from tierstore.formats.tiles import tiles
+from tierstore.kernels.cards import runs_triton
 from tierstore.kernels.machine_code import can_compile
 
 __all__ = ["dequantise", "linear", "unpack_rows"]
@@ -39,9 +39,6 @@ MATMULS: Mapping[type, tuple[str, tuple[str, ...]]] = {
     MxFp4: ("mxfp4_matmul", ("codes", "scales")),
 }
 """The folder of ``kernels/`` for each format, and the parts in the order that its ``matmul`` takes them."""
-
-LEAST_CAPABILITY = (8, 0)
-"""Cards below it have too little shared memory for the kernels' tiles."""
 
 
 def linear(x: Tensor, form: Format, parts: Parts, n: int, k: int, bias: Tensor | None, scratch: Scratch) -> Tensor:
@@ -107,7 +104,7 @@ def _on_device(x: Tensor, form: Format, parts: Parts, n: int, k: int, scratch: S
     if isinstance(form, Bf16) and x.dtype is torch.bfloat16:
         return torch.nn.functional.linear(x, parts["codes"])
     operation, names = MATMULS.get(type(form), ("", ()))
-    matmul = _kernel(operation)
+    matmul = _kernel(operation, x.device)
     if matmul is None or x.dtype is torch.float64:
         return by_tiles(x, form, parts, n, k, x.dtype, scratch)
     grouping = (form.group,) if isinstance(form, Int4) else ()
@@ -124,8 +121,8 @@ def by_tiles(x: Tensor, form: Format, parts: Parts, n: int, k: int, dtype: torch
 
 
 @cache
-def _kernel(operation: str) -> Any:
-    """The Triton kernel of an operation; None where there is none, or no Triton."""
-    if not operation or find_spec("triton") is None:
+def _kernel(operation: str, device: torch.device) -> Any:
+    """The Triton kernel of an operation; None where there is none, or ``device`` runs none."""
+    if not operation or not runs_triton(device):
         return None
     return import_module(f"tierstore.kernels.{operation}.triton").matmul

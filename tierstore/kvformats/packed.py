@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tierstore.errors import ModuleError
+from tierstore.kernels.cards import runs_triton
 from tierstore.kernels.kv_pages import reference
 from tierstore.kernels.kv_pages.layout import layout_of
 from tierstore.kernels.kv_pages.rotation import rotate
@@ -43,11 +43,11 @@ class Packed:
     def pack(self, keys: Tensor, values: Tensor, into: Tensor) -> None:
         for start in range(0, len(into), AT_ONCE):
             some = slice(start, start + AT_ONCE)
-            _kernels(into).pack(self.name, rotate(keys[some].float()), rotate(values[some].float()), into[some])
+            _kernels(into.device).pack(self.name, rotate(keys[some].float()), rotate(values[some].float()), into[some])
 
     def unpack(self, cells: Tensor, shape: KvShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         sizes = (shape.heads, shape.page_tokens, shape.key_dim, shape.value_dim)
-        keys, values = _kernels(cells).unpack(self.name, cells, *sizes, dtype)
+        keys, values = _kernels(cells.device).unpack(self.name, cells, *sizes, dtype)
         return keys, values
 
     def rotate_query(self, q: Tensor) -> Tensor:
@@ -57,11 +57,7 @@ class Packed:
         return rotate(out)
 
 
-def _kernels(cells: Tensor) -> Any:
-    """Triton's where the cells are on a GPU and it is installed."""
-    return _triton() if cells.is_cuda else reference
-
-
 @cache
-def _triton() -> Any:
-    return import_module("tierstore.kernels.kv_pages.triton") if find_spec("triton") else reference
+def _kernels(device: torch.device) -> Any:
+    """Triton's where ``device`` runs them."""
+    return import_module("tierstore.kernels.kv_pages.triton") if runs_triton(device) else reference

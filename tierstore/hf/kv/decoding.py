@@ -6,7 +6,6 @@ import math
 from array import array
 from collections.abc import Sequence
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from tierstore.hf.kv.masks import LazyMask
 from tierstore.hf.kv.reading import NOBODY, Reader
 from tierstore.hf.kv.sources import Places
 from tierstore.hf.kv.state import CacheState
+from tierstore.kernels.cards import runs_triton
 from tierstore.kernels.machine_code import can_compile
 from tierstore.kernels.paged_attention.partial import Partial, combine
 
@@ -29,7 +29,7 @@ _WAVES = 64
 def kernels_for(device: torch.device) -> Any:
     """The module of kernels for ``device``, as ``paged_attention.triton`` is one; None where nothing is there to
     compile them."""
-    if device.type == "cuda" and find_spec("triton") is not None:
+    if runs_triton(device):
         from tierstore.kernels.paged_attention import triton
 
         return triton

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tierstore.kernels.cards import runs_triton
+
 
 def movers_for(device: torch.device) -> Any:
-    """The module of kernels for ``device``, with ``scatter`` and ``gather``; None without CUDA or Triton: then torch's
+    """The module of kernels for ``device``, with ``scatter`` and ``gather``; None where it runs none: then torch's
     copies are faster, or all there is."""
-    if device.type != "cuda" or find_spec("triton") is None:
+    if not runs_triton(device):
         return None
     from tierstore.kernels.paged_attention import raw
 
