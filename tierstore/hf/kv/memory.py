@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from sys import maxsize
-from threading import RLock
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -24,6 +23,7 @@ from tierstore.hf.kv.cells import Cells
 from tierstore.hf.kv.kinds import KvKind
 from tierstore.hf.kv.rows import Rows
 from tierstore.hf.kv.shapes import LayerKv, alike
+from tierstore.hf.kv.turn import Turn
 from tierstore.kvformats.format import KvFormat, KvShape
 from tierstore.page_needs import PageNeed, advice, enough_hbm
 from tierstore.page_plan import KindPlan, PageKind, PagePlan, build_page_plan
@@ -88,7 +88,7 @@ class KvMemory:
         kinds = page_kinds(layers, dtype, form, page_tokens)
         unified = backend.engine.unified
         self.plan: PagePlan = build_page_plan(kinds, budget.kv_hbm, budget.kv_ram, budget.kv_nvme, unified=unified)
-        self.turn = RLock()
+        self.turn = Turn(backend.engine)
         """Held during a forward, and whenever rows change."""
         self._dropped: deque[Rows] = deque()
         self._closing = ExitStack()
