@@ -95,3 +95,24 @@ def test_a_crash_loses_only_the_test_it_is_in(tmp_path: Path) -> None:
     outcomes = {name.rpartition("::")[2]: outcome for name, (outcome, _) in found.items()}
     assert outcomes == {"test_good": "passed", "test_wrong": "failed", "test_crash": "failed"}
     assert "134" in problem
+
+
+def test_every_test_is_in_one_share(tmp_path: Path) -> None:
+    """Files that only quote a mark are not run, and a share without a test is no problem."""
+    some = tmp_path / "test_some.py"
+    some.write_text("import pytest\n" + "".join(f"@pytest.mark.cuda\ndef test_{n}(): pass\n" for n in range(3)))
+    script = (
+        "import json, sys; from pathlib import Path; from gpu.suite import _run, has_marks\n"
+        "path, scratch, own = map(Path, sys.argv[1:])\n"
+        "print('\\n' + json.dumps([_run(path, scratch, 60, share, 4) for share in range(4)]"
+        " + [has_marks(path.read_text()), has_marks(own.read_text())]))"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{SCRIPTS}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", script, str(some), str(tmp_path), __file__]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True, env=environment)
+    *shares, marked, own = last_line(done)
+    names = [[test.rpartition("::")[2] for test in found] for found, _ in shares]
+    assert names == [["test_0"], ["test_1"], ["test_2"], []]
+    assert not any(problem for _, problem in shares)
+    assert marked
+    assert not own

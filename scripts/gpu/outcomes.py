@@ -13,6 +13,13 @@ LONGEST = 4000
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, help="file to which a line of JSON is added for each test")
+    parser.addoption("--share", type=int, default=0, help="which of --shares equal shares of the tests to run")
+    parser.addoption("--shares", type=int, default=1, help="into how many shares tests are divided")
+
+
+@pytest.hookimpl(trylast=True)  # when those are gone that are not for a GPU
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = items[config.getoption("--share") :: config.getoption("--shares")]
 
 
 class Outcomes:
