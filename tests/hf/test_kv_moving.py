@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from tests.hf.batches import greedy, some_tokens, token_model
 from tests.hf.paged import decoder, generated, left_padded, paged, prompt, smallest
 from tierstore.backends import backend_for
 from tierstore.hf.kv import cells
+from tierstore.hf.kv.moving import sent
 
 KV: dict[str, Any] = {"kv_hbm": 1 << 20}
 ONE, ROWS = {"input_ids": prompt(27)}, left_padded((19, 14))
@@ -117,3 +118,36 @@ def test_on_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append(generated(model, new=4, **given))
     assert torch.equal(found[0][0], found[1][0])
     assert all(map(torch.equal, found[0][1], found[1][1]))
+
+
+class OnHost:
+    """A tensor of the host that notes how it is sent."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def pin_memory(self) -> OnHost:
+        self.asked.append("pinned")
+        return self
+
+    def to(self, device: torch.device, **how: Any) -> OnHost:
+        self.asked.append((device.type, how))
+        return self
+
+
+def test_a_card_gets_numbers_from_pinned_memory() -> None:
+    for device, asked in (("cuda", ["pinned", ("cuda", {"non_blocking": True})]), ("cpu", [("cpu", {})])):
+        numbers: Any = OnHost()
+        sent(numbers, torch.device(device))
+        assert numbers.asked == asked
+
+
+@pytest.mark.cuda
+def test_the_host_does_not_wait_for_a_card_to_send_it_numbers() -> None:
+    cuda, numbers = torch.device("cuda"), torch.arange(1000)
+    sent(numbers, cuda)  # memory is pinned the first time
+    torch.cuda.synchronize()
+    cast(Any, torch.cuda)._sleep(1 << 30)
+    there = sent(numbers, cuda)
+    assert not torch.cuda.current_stream().query()
+    assert torch.equal(there.cpu(), numbers)

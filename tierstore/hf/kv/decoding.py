@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tierstore.hf.kv.beside import Task
 from tierstore.hf.kv.masks import LazyMask
+from tierstore.hf.kv.moving import sent
 from tierstore.hf.kv.reading import NOBODY, Reader
 from tierstore.hf.kv.sources import Places
 from tierstore.hf.kv.state import CacheState
@@ -154,4 +155,4 @@ def _tables(
 def _tensor(numbers: array[int], rows: int, device: torch.device) -> Tensor:
     """Numbers of so many rows, in an integer dtype as wide; ``torch.tensor`` takes ten times as long."""
     dtype = torch.int64 if numbers.itemsize == 8 else torch.int32
-    return torch.frombuffer(numbers, dtype=dtype).view(rows, -1).to(device)
+    return sent(torch.frombuffer(numbers, dtype=dtype).view(rows, -1), device)

@@ -21,6 +21,12 @@ def movers_for(device: torch.device) -> Any:
     return raw
 
 
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """What the host worked out, on ``device``. From memory that is not pinned a card takes nothing before all that was
+    issued is over, and the host would wait: layer by layer, with nothing to compute in between."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+
+
 def offsets_of(*pages: Sequence[Sequence[int]]) -> list[list[int]]:
     """The bytes at which the pieces of some pages start, in a row: of their keys, and in another of their values."""
     return [[at for page in part for at in page] for part in pages]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tierstore.hf.kv.gathering import blocks_of, copy_scattered
-from tierstore.hf.kv.moving import offsets_of
+from tierstore.hf.kv.moving import offsets_of, sent
 from tierstore.hf.kv.passes import KindPass
 from tierstore.hf.kv.room import Room, States
 from tierstore.hf.kv.sources import Known, Source, Sources
@@ -88,7 +88,7 @@ class Reader:
         nowhere = [-1] * len(places.keys[0])
         missing = (nowhere, nowhere)
         pages = [starts.get(page, missing) for page in (*self._pass.closed, *self._pass.unclosed)] + [missing]
-        offsets = torch.tensor(offsets_of(*zip(*pages, strict=True)), device=places.buffer.device)
+        offsets = sent(torch.tensor(offsets_of(*zip(*pages, strict=True)), device="cpu"), places.buffer.device)
         where = self._pass.places(places.piece_tokens)
         self._cells.movers.gather(places.buffer, offsets, *where, *(part.transpose(1, 2) for part in into))
 

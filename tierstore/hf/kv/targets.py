@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tierstore.hf.kv.kinds import KvKind
-from tierstore.hf.kv.moving import offsets_of
+from tierstore.hf.kv.moving import offsets_of, sent
 
 
 class Targets:
@@ -36,4 +36,4 @@ class Targets:
         pager, cells, layers = self._kind.pager, self._kind.cells, self._kind.layers
         frames = [[pager.frames(layer, page) for page in self._pages] for layer in layers]
         starts = [offsets_of(*cells.offsets_of(each)) for each in frames]
-        return dict(zip(layers, torch.tensor(starts, device=cells.device), strict=True))
+        return dict(zip(layers, sent(torch.tensor(starts, device="cpu"), cells.device), strict=True))
