@@ -37,7 +37,7 @@ def _move_one(
     for first in tl.static_range(0, HEADS * DIM, block):
         place = first + tl.arange(0, block)
         mask = place < count
-        there = states + place // DIM * head_stride + place % DIM
+        there = states + (place // DIM).to(tl.int64) * head_stride + place % DIM
         if WRITE:
             tl.store(piece + place, tl.load(there, mask=mask), mask=mask)
         else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from tests.edges.compiler import compiled
-from tests.edges.interpreter import Interpreter
+from tests.edges.interpreter import ROOT, Interpreter
 from tests.edges.paged_problems import (
     FORMATS,
     HALF,
@@ -184,6 +187,30 @@ RAWS = [(1, 1, (1, 1), WIDE), (2, 2, (16, 8), NARROW), (3, 3, (5, 7), HALF), (2,
 @pytest.mark.parametrize(("rows", "heads", "dims", "dtype"), RAWS)
 def test_raw_tokens(interpreted: Call, rows: int, heads: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
     check_tokens(interpreted, rows, heads, dims, dtype, "cpu")
+
+
+FAR = """
+import sys, torch
+from tierstore.kernels.paged_attention.raw import scatter
+heads, apart, dim = 3, 1 << 30, 16
+memory = torch.from_file(sys.argv[1], shared=True, size=heads * apart, dtype=torch.int16)
+keys = memory.as_strided((1, 1, heads, dim), (1, 1, apart, 1))
+keys.copy_(torch.arange(heads * dim).view(1, 1, heads, dim))
+buffer, first = torch.zeros(2, heads * dim, dtype=torch.int16), torch.zeros(1, 1, dtype=torch.int64)
+offsets = torch.tensor([[0], [heads * dim * 2]])
+scatter(keys, torch.ones(1, 1, heads, dim, dtype=torch.int16), buffer.view(-1).view(torch.uint8), offsets, first, first)
+print(torch.equal(buffer[0], torch.arange(heads * dim, dtype=torch.int16)), bool((buffer[1] == 1).all()))
+"""
+
+
+def test_heads_may_be_further_apart_than_32_bits_say(tmp_path: Path) -> None:
+    """As they are where very many tokens of many heads are gathered. The file has holes, and takes no room."""
+    with (tmp_path / "far").open("wb") as file:
+        file.truncate(3 * 2 << 30)
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", FAR, str(tmp_path / "far")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environment)
+    assert done.stdout.split() == ["True", "True"], done.stderr
 
 
 @pytest.mark.parametrize(

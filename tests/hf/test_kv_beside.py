@@ -166,3 +166,16 @@ def test_threads_rest_or_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(x @ x, want)
     monkeypatch.setattr(machine_code, "_parallel", lambda: 0)
     rest_between_work()
+
+
+def test_where_a_stream_computes_no_thread_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    triton = pytest.importorskip("tierstore.kernels.paged_attention.triton", exc_type=ImportError)
+    assert triton.BESIDE is Alone.BESIDE is False
+    model, late = decoder("LlamaForCausalLM"), Late()
+    with paged(model, tmp_path, kv_hbm=2 * smallest(model, kv_nvme=NVME), kv_nvme=NVME) as made:
+        monkeypatch.setattr(decoding, "kernels_for", lambda device: Alone)
+        made.cache.memory.beside.close()
+        monkeypatch.setattr(made.cache.memory, "beside", late)
+        next_logits(made, model, 1)
+        assert made.cache.memory.usage().cells[0].read_nbytes > 0
+    assert not late.tasks
