@@ -157,7 +157,7 @@ class DraftLength:
         taken = max((self._best(cost, tokens, each) for each in choices), key=lambda found: found[0])[1]
         drafting = {sequence for sequence, offer in taken.items() if offer.kind == BY_MODEL}
         if not drafting:
-            taken |= self._probe(cost, tokens + sum(offer.tokens for offer in taken.values()), offers)
+            taken |= self._probe(cost, tokens, offers, taken)
         for sequence, seen in self._of_text.items():
             if sequence in offers and sequence not in drafting and BY_MODEL in seen:
                 seen[BY_MODEL].fade(KEPT_OF_TEXT)  # until it is like the others, and tried again if they are
@@ -185,16 +185,28 @@ class DraftLength:
         lengths = Counter(sequence for _, _, sequence in gains[:best])
         return rate, {sequence: replace(offers[sequence], tokens=length) for sequence, length in lengths.items()}
 
-    def _probe(self, cost: PassCost, tokens: int, offers: Mapping[int, Sequence[Offer]]) -> dict[int, Offer]:
-        """A few tokens of a model for a text that is ready, once as much time has passed as makes them cheap."""
+    def _gain(self, sequence: int, offer: Offer) -> float:
+        """How many tokens of an offer are expected to be right."""
+        acceptance = self.acceptance(sequence, offer.kind)
+        return sum(acceptance**nth for nth in range(1, offer.tokens + 1))
+
+    def _probe(
+        self, cost: PassCost, tokens: int, offers: Mapping[int, Sequence[Offer]], taken: Mapping[int, Offer]
+    ) -> dict[int, Offer]:
+        """A few tokens of a model for a text that is ready, once as much time has passed as makes them cheap. They come
+        instead of what is ``taken`` of that text, which costs time as well."""
         by_model = [(each, s) for s, theirs in offers.items() for each in theirs if each.kind == BY_MODEL]
-        room = cost.tokens * cost.micro_batches - tokens
+        placed = tokens + sum(offer.tokens for offer in taken.values())
+        room = cost.tokens * cost.micro_batches - placed
         if not by_model or room < 1:
             return {}
         offer, sequence = min(by_model, key=lambda found: (found[0].begin_seconds, found[1]))
         offer = replace(offer, tokens=min(offer.tokens, PROBED_TOKENS, room))
-        without = cost.seconds(tokens)
-        extra = cost.seconds(tokens + offer.tokens, offer.tokens) + offer.begin_seconds - without
+        without = cost.seconds(placed)
+        extra = cost.seconds(placed + offer.tokens, offer.tokens) + offer.begin_seconds - without
+        if sequence in taken:
+            lost = self._gain(sequence, taken[sequence]) - self._gain(sequence, offer)
+            extra += max(lost, 0.0) * without / (tokens + sum(self._gain(s, each) for s, each in taken.items()))
         self._unspent += PROBING * without
         if self._unspent < extra:
             return {}
