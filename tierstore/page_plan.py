@@ -24,6 +24,9 @@ SECTOR = 4096
 RING_NBYTES = 32 << 20
 """Bytes on their way to HBM, or to a disk, that keep a link busy: a ring is no larger."""
 
+LITTLE_NBYTES = 8 << 20
+"""Of HBM for one kind of layers: where there is more, a ring may be a third of that for speed, else a quarter."""
+
 SCRATCH_NBYTES = 32 << 20
 """Unpacked bytes that attention works on at once: more would not be faster."""
 
@@ -281,7 +284,8 @@ def _plan_kind(need: _Need, share: _Share, run_nbytes: int) -> KindPlan:
     nvme_slots = share.nvme // align_up(run_cells * frame_nbytes, SECTOR) * run_cells
 
     least = need.layer_frames(run_cells)
-    room = min(share.hbm // 4, share.hbm - least * need.kind.page_nbytes, RING_NBYTES)
+    useful = max(share.hbm // 4, (share.hbm - LITTLE_NBYTES) // 3)
+    room = min(useful, share.hbm - least * need.kind.page_nbytes, RING_NBYTES)
     ring_slots = max(2, room // slot_nbytes) if need.streams else 0
     frames = (share.hbm - ring_slots * slot_nbytes) // frame_nbytes
     layer_frames = frames // layers

@@ -106,10 +106,13 @@ class Ring:
         self._release()  # if the last iteration was left in the middle
         self._turn += 1
         turn, visit, missed = self._turn, self._begin(layer, pages), False
+        beside: list[Fence] = []
         try:
             while wanted:
                 wave = self._arrived(visit, wanted)
                 if wave is None:
+                    if not missed and self._go_on(visit):
+                        continue
                     if not missed:
                         self.misses += 1
                         self._record(Missed(self._names[layer]))
@@ -119,6 +122,7 @@ class Ring:
                 yield wave
                 if turn != self._turn:
                     raise RuntimeError(f"layer {layer} was left for another before its last wave was read: end it")
+                beside += self._readers
                 self._release()
                 if missed:
                     self._fetch_more(visit, wanted)
@@ -128,6 +132,9 @@ class Ring:
                 self._release()
                 self._finish(visit)
         self.advance()
+        for reader in beside:  # nobody else would fetch to the slots that they leave
+            reader.wait()
+            self.advance()
 
     def advance(self) -> None:
         """Fetch what comes next as far as there are slots."""
@@ -179,6 +186,18 @@ class Ring:
 
     def _plan_from(self, visit: int) -> None:
         self._planned, self._todo = visit, None
+
+    def _go_on(self, visit: int) -> bool:
+        """Fetch what comes next though the host has to wait for its slot; False where nothing of the visit under way is
+        left to be fetched, or no slot."""
+        if visit != self._order.cursor or self._planned != visit:
+            return False
+        if self._todo is None:
+            self._todo = self._missing(visit)
+        if not self._todo or not self._start(visit, self._todo[0], now=True):
+            return False
+        self._todo.popleft()
+        return True
 
     def _missing(self, visit: int) -> deque[tuple[Cell, ...]]:
         """Groups of a visit that are neither fetched nor read."""
