@@ -82,7 +82,7 @@ def next_logits(made: Any, model: Any, tokens: int = 3) -> list[Tensor]:
 @pytest.mark.parametrize("format", [None, "int8"])
 def test_pages_stay_until_they_are_read(format: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, late = decoder("LlamaForCausalLM"), Late()
-    found = []
+    found, misses = [], []
     for beside in (None, late):
         kv_hbm = (3 if format else 2) * smallest(model, format, kv_nvme=NVME)
         with paged(model, tmp_path, format=format, kv_hbm=kv_hbm, kv_nvme=NVME) as made:
@@ -92,9 +92,12 @@ def test_pages_stay_until_they_are_read(format: str | None, monkeypatch: pytest.
                 made.cache.memory.beside.close()
                 monkeypatch.setattr(made.cache.memory, "beside", beside)
             found.append(next_logits(made, model))
-            assert made.cache.memory.usage().cells[0].read_nbytes > 0
+            used = made.cache.memory.usage().cells[0]
+            assert used.read_nbytes > 0
+            misses.append(used.misses)
             monkeypatch.undo()
     assert late.tasks > 5
+    assert misses[1] == misses[0]  # a slot that is still read is waited for: nothing was asked for out of order
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
