@@ -111,9 +111,9 @@ class Ring:
             while wanted:
                 wave = self._arrived(visit, wanted)
                 if wave is None:
-                    if not missed and self._go_on(visit):
-                        continue
                     if not missed:
+                        if self._go_on(visit):
+                            continue
                         self.misses += 1
                         self._record(Missed(self._names[layer]))
                         missed = True
