@@ -169,6 +169,7 @@ def test_full_store_leaves_cells_where_they_are(how: str) -> None:
     with pytest.raises(CapacityError, match=r"page 3 needs 8 frames of 64 bytes, \d+ of 18") as caught:
         made.open(3)
     assert isinstance(caught.value.__cause__, StoreFullError)
+    assert f"no cell can go down ({caught.value.__cause__}): end sequences" in str(caught.value)
     made.read_all([0, 1])
     made.check_open(0, 2)
     setattr(made.store, how, False)

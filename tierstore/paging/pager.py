@@ -277,9 +277,10 @@ class Pager:
             if hbm.free >= frames or spill.wait() or started:
                 continue
             if tried or spill.failure is None or not within_reach:
+                why = "" if spill.failure is None else f" ({spill.failure})"
                 raise CapacityError(
                     f"{what} needs {frames} frames of {self._plan.frame_nbytes} bytes, {hbm.free} of {hbm.count} are "
-                    "free and no cell can go down: end sequences, or raise Budget.kv_hbm or what is below it",
+                    f"free and no cell can go down{why}: end sequences, or raise Budget.kv_hbm or what is below it",
                     of_pages=True,
                 ) from spill.failure
             tried, spill.failure = True, None  # a store that was full may have room by now
