@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tierstore.backends import Backend, backend_for
@@ -55,3 +58,29 @@ def make_backend(request: pytest.FixtureRequest) -> Iterator[Callable[[], Backen
     yield make
     for adverse in made:
         adverse.engine.check()
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    """SIGALRM is a Ctrl-C whose moment a test can choose; a little later where Python would only print it."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if _is_lost(frame):
+            signal.setitimer(signal.ITIMER_REAL, 1e-4)
+        else:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def _is_lost(frame: FrameType | None) -> bool:
+    """Whether Python prints what is raised there: in a finalizer, or while torch makes a reference, whose finalizer
+    fails where it is half made."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or frame.f_code is StorageWeakRef.__init__.__code__:
+            return True
+        frame = frame.f_back
+    return False

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from types import FrameType
 
 import pytest
 import torch
@@ -26,20 +24,6 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Embedding(8192, 128), *layers).eval()
 
 
-@pytest.fixture
-def alarm() -> Iterator[None]:
-    """SIGALRM is a Ctrl-C whose moment a test can choose."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt in a finalizer is lost
 @pytest.mark.parametrize("hbm", [4_300_000, 4_700_000])
 def test_interrupted_anywhere(tmp_path: Path, alarm: None, hbm: int) -> None:
     random = Random(hbm)

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from random import Random
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -462,29 +461,20 @@ def test_nothing_keeps_tensors_alive(session: Session) -> None:
         gc.enable()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt in a finalizer is lost
-def test_interrupted_anywhere(session: Session) -> None:
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
+def test_interrupted_anywhere(session: Session, alarm: None) -> None:
     random, interrupted = Random(5), 0
     calls = [partial(through, session.module, x) for x in inputs()]
-    try:
-        with torch.no_grad():
-            want = session.together(calls)
-            for _ in range(30):
-                try:
-                    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 5e-3))
-                    for _ in range(50):
-                        session.together(calls)
-                except KeyboardInterrupt:
-                    interrupted += 1
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                assert all(map(torch.equal, session.together(calls), want))
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    with torch.no_grad():
+        want = session.together(calls)
+        for _ in range(30):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 5e-3))
+                for _ in range(50):
+                    session.together(calls)
+            except KeyboardInterrupt:
+                interrupted += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert all(map(torch.equal, session.together(calls), want))
     assert interrupted > 15
     check_at_rest(session)
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from random import Random
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -153,34 +152,25 @@ def test_calls_that_are_ended_find_what_they_hold() -> None:
             assert all(map(torch.equal, session.together(calls, waits=aside), want))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt in a finalizer is lost
-def test_interrupted_anywhere() -> None:
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
+def test_interrupted_anywhere(alarm: None) -> None:
     random, interrupted = Random(5), 0
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        with (
-            careful(5) as (module, session, backend),
-            closing(Aside(backend, WaitingPlan(8, 4, 4096))) as aside,
-            torch.no_grad(),
-        ):
-            calls = [partial(through, module, x) for x in inputs(8)]
-            want = session.together(calls)
-            for _ in range(20):
-                try:
-                    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-3, 3e-2))
-                    for _ in range(50):
-                        session.together(calls, waits=aside)
-                except KeyboardInterrupt:
-                    interrupted += 1
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                assert not aside._away
-                assert all(map(torch.equal, session.together(calls, waits=aside), want))
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    with (
+        careful(5) as (module, session, backend),
+        closing(Aside(backend, WaitingPlan(8, 4, 4096))) as aside,
+        torch.no_grad(),
+    ):
+        calls = [partial(through, module, x) for x in inputs(8)]
+        want = session.together(calls)
+        for _ in range(20):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-3, 3e-2))
+                for _ in range(50):
+                    session.together(calls, waits=aside)
+            except KeyboardInterrupt:
+                interrupted += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert not aside._away
+            assert all(map(torch.equal, session.together(calls, waits=aside), want))
     assert interrupted > 10
 
 
