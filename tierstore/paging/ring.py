@@ -112,7 +112,7 @@ class Ring:
                 wave = self._arrived(visit, wanted)
                 if wave is None:
                     if not missed:
-                        if self._go_on(visit):
+                        if self._planned == visit and self._start_next(now=True):
                             continue
                         self.misses += 1
                         self._record(Missed(self._names[layer]))
@@ -131,8 +131,9 @@ class Ring:
             if turn == self._turn:
                 self._release()
                 self._finish(visit)
+        left = [reader for reader in beside if not reader.done()]
         self.advance()
-        for reader in beside:  # nobody else would fetch to the slots that they leave
+        for reader in left:  # nobody else would fetch to the slots that they leave
             reader.wait()
             self.advance()
 
@@ -142,15 +143,13 @@ class Ring:
             self._departures = self._places.departures
             self._plan_from(self._order.cursor)
         while self._planned < self._order.end:
-            if self._todo is None:
-                self._todo = self._missing(self._planned)
-            while self._todo:
-                try:
-                    if not self._start(self._planned, self._todo[0], now=False):
-                        return
-                except TierstoreError:  # whoever asks for these cells will be told
-                    return
-                self._todo.popleft()
+            try:
+                while self._start_next(now=False):
+                    pass
+            except TierstoreError:  # whoever asks for these cells will be told
+                return
+            if self._todo:
+                return
             self._plan_from(self._planned + 1)
 
     def lend(self) -> bool:
@@ -187,14 +186,11 @@ class Ring:
     def _plan_from(self, visit: int) -> None:
         self._planned, self._todo = visit, None
 
-    def _go_on(self, visit: int) -> bool:
-        """Fetch what comes next though the host has to wait for its slot; False where nothing of the visit under way is
-        left to be fetched, or no slot."""
-        if visit != self._order.cursor or self._planned != visit:
-            return False
+    def _start_next(self, *, now: bool) -> bool:
+        """Fetch the next group of the visit `_planned`, as `_start` does; False too where none is left."""
         if self._todo is None:
-            self._todo = self._missing(visit)
-        if not self._todo or not self._start(visit, self._todo[0], now=True):
+            self._todo = self._missing(self._planned)
+        if not self._todo or not self._start(self._planned, self._todo[0], now=now):
             return False
         self._todo.popleft()
         return True
@@ -204,10 +200,10 @@ class Ring:
         fetched = {cell for fetch in self._queue if fetch.visit == visit for cell in fetch.cells}
         if visit == self._order.cursor:
             fetched |= self._served
-        split = self._splitter.split(*self._order.item(visit))
+        layer, pages = self._order.item(visit)
+        split = self._splitter.split(layer, pages)
         if fetched:
             return deque(groups((cell for cell in split.streamed if cell not in fetched), self._slot_cells))
-        layer, _ = self._order.item(visit)
         known = self._groups.get(layer)
         if known is None or known[0] is not split:
             known = self._groups[layer] = split, tuple(groups(split.streamed, self._slot_cells))

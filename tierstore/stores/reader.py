@@ -253,9 +253,9 @@ class Reader:
         runs = [(r.file, r.extent.offset, r.extent.nbytes, self._address(r)) for r in requests if r.extent.nbytes]
         return self.read_runs(runs, requests)
 
-    def read_runs(self, runs: list[FileRun], keep: Sequence[object]) -> ReadFence:
+    def read_runs(self, runs: Iterable[FileRun], keep: Sequence[object]) -> ReadFence:
         """``read`` for runs that are known to be right, into host memory that ``keep`` keeps allocated."""
-        runs.sort()
+        runs = sorted(runs)
         fence = ReadFence(sum(run[2] for run in runs), keep)
         self._workers.submit(fence, self._jobs(fence, _joined(runs)))
         return fence
