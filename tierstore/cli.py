@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -44,11 +45,22 @@ app.command()(cli_batch.batch)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; always ends in ``SystemExit``. A ``TierstoreError`` is one line and exit code 2."""
+    open_standard_files()
     try:
         app(args=arguments)
     except TierstoreError as error:
         print("tierstore:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def open_standard_files() -> None:
+    """Have the numbers 0 to 2 taken where the shell closed them: a file of ours must not get one of them, which
+    libraries write to."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
@@ -49,7 +48,6 @@ def batch(
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that the checkpoint brings.")] = False,
 ) -> None:
     """Answer every row of a file. Run again after a stop of any kind, the command goes on where it was."""
-    open_standard_files()
     try:
         from tierstore.jobs import JobSettings, run
         from tierstore.jobs.progress import ProgressLine
@@ -95,13 +93,3 @@ def batch(
         print(report.to_json())
     elif not quiet:
         print(report, file=sys.stderr)
-
-
-def open_standard_files() -> None:
-    """Have the numbers 0 to 2 taken where the shell closed them: a file of the job must not get one of them, which
-    libraries write to."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(fd)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w", closefd=False)

@@ -112,6 +112,6 @@ def test_without_stderr(prompts: Path, tmp_path: Path, tiny_checkpoint: Path) ->
     done = subprocess.run(["bash", "-c", '"$@" 2>&- >&-', "bash", *command], check=False, cwd=ROOT)
     assert done.returncode == 0
     assert len((tmp_path / "results").read_text().splitlines()) == 6
-    code = "import os; from tierstore.cli_batch import open_standard_files as go; go(); print(os.open('.', 0))"
+    code = "import os; from tierstore.cli import open_standard_files as go; go(); print(os.open('.', 0))"
     opened = f'{sys.executable} -c "{code}" 2>&- <&- | cat'
     assert int(subprocess.run(["bash", "-c", opened], check=True, cwd=ROOT, capture_output=True).stdout) > 2
